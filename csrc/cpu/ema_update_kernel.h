@@ -1,0 +1,56 @@
+// The loops of ema_update_. Contract and math: m2ae_kernels/ops/ema_update.py
+//
+// One call owns n consecutive elements. Arithmetic is that of torch's lerp, fused multiply-add
+// included, so that equal dtypes give equal bits. Included by isa_*.cpp only, after <cmath>,
+// <type_traits> and torch's BFloat16 and Half.
+#pragma once
+
+namespace m2ae::cpu {
+namespace {
+
+template <typename acc_t>
+inline acc_t multiply_add(acc_t a, acc_t b, acc_t c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return std::fma(a, b, c);
+#else
+  return a * b + c;  // torch's own kernels do not fuse either on such a machine
+#endif
+}
+
+template <typename target_t, typename source_t>
+void ema_update_kernel(
+    void* target /* [n] */, const void* source /* [n] */, int64_t n, double weight) {
+  constexpr bool kDouble = std::is_same_v<target_t, double> || std::is_same_v<source_t, double>;
+  using acc_t = std::conditional_t<kDouble, double, float>;
+  auto* const t = static_cast<target_t*>(target);
+  const auto* const s = static_cast<const source_t*>(source);
+  const acc_t w = acc_t(weight);
+  if (w < acc_t(0.5)) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const acc_t old = acc_t(t[i]);
+      t[i] = target_t(multiply_add(w, acc_t(s[i]) - old, old));
+    }
+  } else {
+    const acc_t minus_decay = w - acc_t(1);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const acc_t end = acc_t(s[i]);
+      t[i] = target_t(multiply_add(minus_decay, end - acc_t(t[i]), end));
+    }
+  }
+}
+
+template <typename from_t, typename to_t>
+void cast_kernel(const void* from /* [n] */, void* to /* [n] */, int64_t n) {
+  // Double goes through float, as tensor.to() does.
+  using via_t = std::conditional_t<std::is_same_v<from_t, to_t>, to_t, float>;
+  using step_t = std::conditional_t<std::is_same_v<to_t, double>, double, via_t>;
+  const auto* const x = static_cast<const from_t*>(from);
+  auto* const y = static_cast<to_t*>(to);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) y[i] = to_t(step_t(x[i]));
+}
+
+}  // namespace
+}  // namespace m2ae::cpu

@@ -1,0 +1,25 @@
+// The CPU kernels for AVX2 and FMA.
+//
+// The pragma comes after every system header, and the kernels are in an anonymous namespace: no
+// inline function compiled for this set can then be linked into code that runs on every machine.
+#if defined(__x86_64__)
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cmath>
+#include <type_traits>
+
+#include "isa.h"
+
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2")
+
+#include "isa_table.h"
+
+namespace m2ae::cpu {
+
+const Kernels kAvx2 = M2AE_KERNELS("avx2");
+
+}  // namespace m2ae::cpu
+
+#endif

@@ -1,0 +1,88 @@
+"""Shared fixtures. Without a GPU, Triton kernels run in Triton's interpreter, on CPU tensors."""
+
+import contextlib
+import importlib
+import os
+from pathlib import Path
+
+import cuda_toolkit
+import emulator
+import pytest
+import torch
+
+import m2ae_kernels
+from m2ae_kernels import _library
+from m2ae_kernels._library import DEVICES
+
+ROOT = Path(__file__).parents[1]
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # must precede the first `import triton`
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and not GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    torch.manual_seed(0)
+    # Fills every torch.empty, also those inside C++ kernels, with NaN: unwritten outputs show.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def pytest_generate_tests(metafunc):
+    """One `impl` per kernel that the op of the test module has."""
+    if "impl" not in metafunc.fixturenames:
+        return
+    op = op_of(metafunc.module)
+    kernels = ["registered", "reference"]
+    if (ROOT / f"csrc/cuda/{op}.cu").exists():
+        kernels += [f"emulated-{order}" for order in emulator.ORDERS]
+    if (ROOT / f"m2ae_kernels/triton/{op}.py").exists():
+        kernels.append("triton")
+    kernels.append(pytest.param("cuda", marks=pytest.mark.gpu))
+    metafunc.parametrize("impl", kernels, indirect=True)
+
+
+@pytest.fixture
+def impl(request, monkeypatch):
+    """(function, device): the op the test module is named after, served by each of its kernels.
+
+    registered: the kernel a CPU caller gets. cuda: the one a CUDA caller gets. The others are put
+    under the registered op, so tests see them as callers would: the reference; the CUDA C++ kernel,
+    with its host code, run by tests/emu on CPU tensors in three thread orders; the Triton kernel,
+    interpreted where there is no GPU.
+    """
+    basename = op_of(request.module)
+    op = next(op for op in m2ae_kernels.ops.__all__ if op.removesuffix("_") == basename)
+    kernel = request.param
+    device = "cuda" if kernel == "cuda" or (kernel == "triton" and GPU) else "cpu"
+    with contextlib.ExitStack() as served:
+        for part in (part for part in (op, f"{op}_backward") if part in _library.SCHEMAS):
+            function = None
+            if kernel == "reference":
+                function = _library.REFERENCES[part]
+            if kernel == "triton":
+                pytest.importorskip("triton")
+                module = importlib.import_module(f"m2ae_kernels.triton.{basename}")
+                function = getattr(module, part)
+            if kernel.startswith("emulated"):
+                monkeypatch.setenv("M2AE_EMU_ORDER", kernel.removeprefix("emulated-"))
+                function = emulated(part, request.config.cache)
+            if function is not None:
+                served.enter_context(_library.implementation(part, function, DEVICES[device]))
+        yield getattr(m2ae_kernels, op), device
+
+
+def op_of(module):
+    return module.__name__.rpartition("test_")[2]
+
+
+def emulated(op, cache):
+    if not cuda_toolkit.HAS_HEADERS:
+        pytest.skip("needs the CUDA headers and g++")
+    emulator.load(cache.mkdir("emulator"))
+    return getattr(torch.ops.m2ae_emulated, op).default
