@@ -26,6 +26,22 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+REPORT = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture
+def report(request):
+    """A function that takes lines to show after the run, whether the test passes or not."""
+    return request.config.stash.setdefault(REPORT, []).append
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if lines := config.stash.get(REPORT, []):
+        terminalreporter.section("measured")
+        for line in sorted(lines):
+            terminalreporter.write_line(line)
+
+
 @pytest.fixture(autouse=True)
 def _reproducible():
     torch.manual_seed(0)

@@ -159,7 +159,7 @@ void ema_update_cuda(
   }
   if (plan.pairs.empty()) return;
 
-  const DeviceGuard guard(first);
+  [[maybe_unused]] const auto guard = device_guard(first);
   const cudaStream_t stream = current_stream(first);
   const int device = first.get_device_index();
   const EmaTable table = table_for(std::move(plan), device, stream);

@@ -21,9 +21,9 @@ const char* m2ae_emulator_error();
 
 namespace m2ae::cuda {
 
-struct DeviceGuard {
-  explicit DeviceGuard(const torch::stable::Tensor&) {}
-};
+inline int device_guard(const torch::stable::Tensor&) {
+  return 0;
+}
 
 inline cudaStream_t current_stream(const torch::stable::Tensor&) {
   return nullptr;
@@ -38,13 +38,10 @@ inline cudaStream_t current_stream(const torch::stable::Tensor&) {
 
 namespace m2ae::cuda {
 
-class DeviceGuard {
- public:
-  explicit DeviceGuard(const torch::stable::Tensor& tensor) : guard_(tensor.get_device_index()) {}
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-};
+// The tensor's device is the current one while the result lives.
+inline torch::stable::accelerator::DeviceGuard device_guard(const torch::stable::Tensor& tensor) {
+  return torch::stable::accelerator::DeviceGuard(tensor.get_device_index());
+}
 
 inline cudaStream_t current_stream(const torch::stable::Tensor& tensor) {
   void* stream = nullptr;
