@@ -8,13 +8,11 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
-#include <numeric>
 #include <optional>
 #include <vector>
 
-#include "ema_update_pair.h"
+#include "ema_update_layout.h"
 
 namespace m2ae {
 
@@ -63,93 +61,8 @@ inline Element element_of(ScalarType type, int64_t* per_number) {
   }
 }
 
-// Dimensions of one or several tensors of one shape, outermost first, without those of size 1 and
-// with neighbours merged wherever every tensor walks them as one.
-inline EmaLayout collapse(const std::array<const Tensor*, 3>& tensors, int64_t per_number) {
-  EmaLayout layout{};
-  if (std::all_of(tensors.begin(), tensors.end(), [](const Tensor* tensor) {
-        return tensor == nullptr || tensor->is_contiguous();
-      })) {
-    layout.dims = 1;
-    layout.sizes[0] = tensors[0]->numel() * per_number;
-    for (int t = 0; t < 3; ++t) layout.strides[t][0] = 1;
-    return layout;
-  }
-  const auto sizes = tensors[0]->sizes();
-  std::vector<int> order;
-  for (int d = 0; d < int(sizes.size()); ++d)
-    if (sizes[d] != 1) order.push_back(d);
-  // Walk the memory of the target in order, whatever the order of its dimensions.
-  const auto target_strides = tensors[0]->strides();
-  std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
-    return target_strides[a] > target_strides[b];
-  });
-
-  for (const int d : order) {
-    int64_t strides[3] = {};
-    for (int t = 0; t < 3; ++t)
-      if (tensors[t] != nullptr) strides[t] = tensors[t]->strides()[d] * per_number;
-    const int64_t last = layout.dims - 1;
-    const bool merges = last >= 0 && layout.strides[0][last] == strides[0] * sizes[d] &&
-                        layout.strides[1][last] == strides[1] * sizes[d] &&
-                        layout.strides[2][last] == strides[2] * sizes[d];
-    if (!merges) {
-      STD_TORCH_CHECK(
-          layout.dims < kEmaMaxDims,
-          "ema_update_: expected at most ",
-          kEmaMaxDims,
-          " dimensions that do not merge, got more");
-      layout.sizes[layout.dims++] = sizes[d];
-    } else {
-      layout.sizes[last] *= sizes[d];
-    }
-    for (int t = 0; t < 3; ++t) layout.strides[t][layout.dims - 1] = strides[t];
-  }
-  if (per_number == 2) {
-    STD_TORCH_CHECK(
-        layout.dims < kEmaMaxDims,
-        "ema_update_: expected at most ",
-        kEmaMaxDims - 1,
-        " complex dimensions that do not merge, got more");
-    layout.sizes[layout.dims] = 2;
-    for (int t = 0; t < 3; ++t) layout.strides[t][layout.dims] = 1;
-    ++layout.dims;
-  }
-  return layout;
-}
-
-// True if the memory of all of them is one run, in one order: then nobody needs the layout.
-inline bool is_flat(const EmaLayout& layout, bool has_shadow) {
-  int64_t expected = 1;
-  for (int64_t d = layout.dims - 1; d >= 0; --d) {
-    for (int t = 0; t < (has_shadow ? 3 : 2); ++t)
-      if (layout.strides[t][d] != expected) return false;
-    expected *= layout.sizes[d];
-  }
-  return true;
-}
-
-// Elements of tensor t of the layout must lie at different addresses to be written.
-inline bool overlaps_itself(const EmaLayout& layout, int t) {
-  std::vector<int64_t> order(layout.dims);
-  std::iota(order.begin(), order.end(), 0);
-  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-    return layout.strides[t][a] < layout.strides[t][b];
-  });
-  int64_t reach = 0;  // of the dimensions seen so far
-  for (const int64_t d : order) {
-    if (layout.strides[t][d] <= reach) return true;
-    reach += layout.strides[t][d] * (layout.sizes[d] - 1);
-  }
-  return false;
-}
-
-// True if target and source are walked in one order.
-inline bool same_walk(const EmaLayout& layout) {
-  return std::equal(layout.strides[0], layout.strides[0] + layout.dims, layout.strides[1]);
-}
-
-// The bytes from the first to the last element.
+// The bytes from the first to the last element of the target, the source or the shadow (t = 0, 1,
+// 2).
 struct EmaExtent {
   const char* begin;
   const char* end;
@@ -157,78 +70,91 @@ struct EmaExtent {
   bool is_target;
 };
 
-inline EmaExtent extent_of(const EmaPair& pair, const EmaLayout& layout, int t, int index) {
-  const void* pointers[] = {pair.target, pair.source, pair.shadow};
+inline EmaExtent extent_of(const EmaPlan& plan, int index, int t) {
+  const EmaPair& pair = plan.pairs[index];
+  const void* const pointers[] = {pair.target, pair.source, pair.shadow};
   const Element elements[] = {pair.target_element, pair.source_element, pair.shadow_element};
   const char* begin = static_cast<const char*>(pointers[t]);
-  int64_t last = 0;
-  for (int d = 0; d < layout.dims; ++d) last += layout.strides[t][d] * (layout.sizes[d] - 1);
+  int64_t last = pair.numel - 1;
+  if (pair.layout != kEmaFlat) {
+    const EmaLayout& layout = plan.layouts[pair.layout];
+    last = 0;
+    for (int64_t d = 0; d < layout.dims; ++d) last += layout.strides[t][d] * (layout.sizes[d] - 1);
+  }
   return {begin, begin + (last + 1) * bytes_of(elements[t]), index, t == 0};
+}
+
+// True if the two pairs do the same to the same memory.
+inline bool are_tied(const EmaPlan& plan, const EmaPair& a, const EmaPair& b) {
+  return a.target == b.target && a.source == b.source && a.shadow == b.shadow &&
+         a.numel == b.numel && a.target_element == b.target_element &&
+         a.source_element == b.source_element && a.shadow_element == b.shadow_element &&
+         (a.layout == kEmaFlat
+              ? b.layout == kEmaFlat
+              : b.layout != kEmaFlat && plan.layouts[a.layout] == plan.layouts[b.layout]);
+}
+
+// True if the pair's source is its target, walked in one order: every element is its own source.
+inline bool is_own_source(const EmaPlan& plan, const EmaPair& pair) {
+  if (pair.target != pair.source || pair.target_element != pair.source_element) return false;
+  if (pair.layout == kEmaFlat) return true;
+  const EmaLayout& layout = plan.layouts[pair.layout];
+  return std::equal(layout.strides[0], layout.strides[0] + layout.dims, layout.strides[1]);
 }
 
 // Tied tensors are updated once; any other overlap of what is written is an error, because pairs
 // are processed in no particular order.
-inline void drop_ties(std::vector<EmaPair>& pairs, const std::vector<EmaLayout>& all_layouts) {
-  std::vector<EmaExtent> written, read;
-  for (int i = 0; i < int(pairs.size()); ++i) {
-    written.push_back(extent_of(pairs[i], all_layouts[i], 0, i));
-    read.push_back(extent_of(pairs[i], all_layouts[i], 1, i));
-    if (pairs[i].shadow != nullptr) written.push_back(extent_of(pairs[i], all_layouts[i], 2, i));
+inline void drop_ties(EmaPlan& plan) {
+  std::vector<EmaExtent> written;
+  written.reserve(2 * plan.pairs.size());
+  for (int i = 0; i < int(plan.pairs.size()); ++i) {
+    written.push_back(extent_of(plan, i, 0));
+    if (plan.pairs[i].shadow != nullptr) written.push_back(extent_of(plan, i, 2));
   }
-  std::stable_sort(written.begin(), written.end(), [](const EmaExtent& a, const EmaExtent& b) {
-    return a.begin < b.begin;
-  });
+  const auto by_begin = [](const EmaExtent& a, const EmaExtent& b) { return a.begin < b.begin; };
+  if (!std::is_sorted(written.begin(), written.end(), by_begin))
+    std::stable_sort(written.begin(), written.end(), by_begin);
 
-  std::vector<bool> tied(pairs.size(), false);
+  std::vector<bool> is_repeated(plan.pairs.size(), false);
   const EmaExtent* last = nullptr;
   for (const EmaExtent& next : written) {
-    if (last != nullptr && next.begin < last->end) {
-      const EmaPair &a = pairs[last->pair], &b = pairs[next.pair];
-      const EmaLayout &la = all_layouts[last->pair], &lb = all_layouts[next.pair];
-      const bool same = last->is_target == next.is_target && last->pair != next.pair &&
-                        a.target == b.target && a.source == b.source && a.shadow == b.shadow &&
-                        a.numel == b.numel && a.target_element == b.target_element &&
-                        a.source_element == b.source_element && la == lb;
-      STD_TORCH_CHECK(
-          same,
-          "ema_update_: expected targets and shadows that do not overlap in memory (tied targets"
-          " with one source are fine), got an overlap of pairs ",
-          last->pair,
-          " and ",
-          next.pair);
-      tied[next.pair] = true;
+    if (last == nullptr || next.begin >= last->end) {
+      last = &next;
       continue;
     }
-    last = &next;
+    STD_TORCH_CHECK(
+        last->is_target == next.is_target && last->pair != next.pair &&
+            are_tied(plan, plan.pairs[last->pair], plan.pairs[next.pair]),
+        "ema_update_: expected targets and shadows that do not overlap in memory (tied targets"
+        " with one source are fine), got an overlap of pairs ",
+        last->pair,
+        " and ",
+        next.pair);
+    is_repeated[next.pair] = true;
   }
-  for (const EmaExtent& source : read) {
-    // The last extent that begins before the source ends; extents kept here do not overlap.
+
+  for (int i = 0; i < int(plan.pairs.size()); ++i) {
+    const EmaExtent source = extent_of(plan, i, 1);
+    // Back from the last extent that begins before the source ends; but for ties, they are apart.
     auto next = std::lower_bound(
-        written.begin(), written.end(), source, [](const EmaExtent& w, const EmaExtent& s) {
-          return w.begin < s.end;
+        written.begin(), written.end(), source.end, [](const EmaExtent& w, const char* end) {
+          return w.begin < end;
         });
-    while (next != written.begin()) {
-      --next;
-      if (next->end <= source.begin) break;
-      const bool is_own = next->is_target && next->begin == source.begin &&
-                          pairs[next->pair].source == pairs[source.pair].source &&
-                          pairs[next->pair].target == pairs[source.pair].target &&
-                          pairs[source.pair].target_element == pairs[source.pair].source_element &&
-                          same_walk(all_layouts[source.pair]);
+    while (next != written.begin() && (--next)->end > source.begin)
       STD_TORCH_CHECK(
-          is_own,
+          next->is_target && is_own_source(plan, plan.pairs[i]) &&
+              are_tied(plan, plan.pairs[i], plan.pairs[next->pair]),
           "ema_update_: expected sources that do not overlap in memory with targets or shadows,"
           " got an overlap of source ",
-          source.pair,
+          i,
           " and pair ",
           next->pair);
-    }
   }
 
   size_t kept = 0;
-  for (size_t i = 0; i < pairs.size(); ++i)
-    if (!tied[i]) pairs[kept++] = pairs[i];
-  pairs.resize(kept);
+  for (size_t i = 0; i < plan.pairs.size(); ++i)
+    if (!is_repeated[i]) plan.pairs[kept++] = plan.pairs[i];
+  plan.pairs.resize(kept);
 }
 
 inline EmaPlan ema_update_plan(
@@ -243,9 +169,9 @@ inline EmaPlan ema_update_plan(
       sources.size(),
       " sources");
   EmaPlan plan;
-  std::vector<EmaLayout> all_layouts;  // one per pair, for the overlaps
   plan.pairs.reserve(targets.size());
-  all_layouts.reserve(targets.size());
+  if (targets.empty()) return plan;
+  const auto device = targets[0].device();
   for (size_t i = 0; i < targets.size(); ++i) {
     const Tensor &target = targets[i], &source = sources[i];
     const Tensor* shadow = shadows ? &(*shadows)[i] : nullptr;
@@ -255,9 +181,8 @@ inline EmaPlan ema_update_plan(
         "ema_update_: expected one shape per pair, got several for pair ",
         i);
     STD_TORCH_CHECK(
-        target.device() == source.device() &&
-            (shadow == nullptr || target.device() == shadow->device()) &&
-            target.device() == targets[0].device(),
+        target.device() == device && source.device() == device &&
+            (shadow == nullptr || shadow->device() == device),
         "ema_update_: expected all tensors on one device, got pair ",
         i,
         " elsewhere");
@@ -294,23 +219,24 @@ inline EmaPlan ema_update_plan(
     pair.numel = target.numel() * per_number;
     if (pair.numel == 0) continue;
 
-    EmaLayout layout = collapse({&target, &source, shadow}, per_number);
-    pair.layout = is_flat(layout, shadow != nullptr) ? kEmaFlat : 0;
-    STD_TORCH_CHECK(
-        pair.layout == kEmaFlat ||
-            (!overlaps_itself(layout, 0) && (shadow == nullptr || !overlaps_itself(layout, 2))),
-        "ema_update_: expected targets and shadows whose elements do not overlap, got an expanded"
-        " or overlapping view in pair ",
-        i);
+    pair.layout = kEmaFlat;
+    const bool is_contiguous = target.is_contiguous() && source.is_contiguous() &&
+                               (shadow == nullptr || shadow->is_contiguous());
+    if (!is_contiguous) {
+      const EmaLayout layout = collapse({&target, &source, shadow}, per_number);
+      STD_TORCH_CHECK(
+          !overlaps_itself(layout, 0) && (shadow == nullptr || !overlaps_itself(layout, 2)),
+          "ema_update_: expected targets and shadows whose elements do not overlap, got an expanded"
+          " or overlapping view in pair ",
+          i);
+      if (!is_flat(layout, shadow != nullptr)) {
+        pair.layout = int32_t(plan.layouts.size());
+        plan.layouts.push_back(layout);
+      }
+    }
     plan.pairs.push_back(pair);
-    all_layouts.push_back(layout);
   }
-  for (size_t i = 0; i < plan.pairs.size(); ++i) {
-    if (plan.pairs[i].layout == kEmaFlat) continue;
-    plan.pairs[i].layout = int32_t(plan.layouts.size());
-    plan.layouts.push_back(all_layouts[i]);
-  }
-  drop_ties(plan.pairs, all_layouts);
+  drop_ties(plan);
   return plan;
 }
 
