@@ -177,7 +177,7 @@ inline EmaPlan ema_update_plan(
     const Tensor* shadow = shadows ? &(*shadows)[i] : nullptr;
     const auto sizes = target.sizes();
     STD_TORCH_CHECK(
-        sizes == source.sizes() && (shadow == nullptr || sizes == shadow->sizes()),
+        sizes.equals(source.sizes()) && (shadow == nullptr || sizes.equals(shadow->sizes())),
         "ema_update_: expected one shape per pair, got several for pair ",
         i);
     STD_TORCH_CHECK(
