@@ -20,6 +20,8 @@ from m2ae_kernels import _library
 ORDERS = ("forward", "reverse", "shuffle")
 FLAGS = ["-std=c++20", "-O1", "-g0", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
 FLAGS += ["-DM2AE_EMU", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+# A CUDA torch has loaded the real runtime: our own functions must win all the same.
+LINK = ["-shared", "-Wl,-Bsymbolic"]
 
 
 def compile_library(sources: list[Path], folder: Path, libraries: list[str]) -> Path:
@@ -31,7 +33,7 @@ def compile_library(sources: list[Path], folder: Path, libraries: list[str]) -> 
     flags += ["-isystem", str(cuda_toolkit.HOME / "include")]
 
     headers = [*(root / "csrc").rglob("*.*h"), *(root / "tests/emu").glob("*.h")]
-    state = hashlib.sha256(f"{torch.__version__} {flags} {libraries}".encode())
+    state = hashlib.sha256(f"{torch.__version__} {flags} {LINK} {libraries}".encode())
     for path in sorted({*sources, *headers}):
         state.update(path.read_bytes())
     library = folder / f"{state.hexdigest()[:16]}.so"
@@ -46,7 +48,7 @@ def compile_library(sources: list[Path], folder: Path, libraries: list[str]) -> 
     with ThreadPoolExecutor() as pool:
         objects = list(pool.map(compile_one, sources))
     partial = library.with_suffix(".partial")
-    subprocess.run(["g++", "-shared", *objects, *libraries, "-o", str(partial)], check=True)
+    subprocess.run(["g++", *LINK, *objects, *libraries, "-o", str(partial)], check=True)
     partial.rename(library)
     return library
 
