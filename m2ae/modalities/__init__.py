@@ -1,0 +1,1 @@
+"""Encoders and decoders, one file for each modality."""

@@ -1,0 +1,96 @@
+"""A model as a folder: config.json and model.safetensors. No pickle."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from m2ae.atomic_files import write_files
+
+if TYPE_CHECKING:
+    from m2ae.models.m2ae import M2AE
+
+CONFIG = "config.json"
+TENSORS = "model.safetensors"
+
+
+def save(model: "M2AE", folder: str | Path) -> None:
+    """Write a model's config and tensors, the target encoder's included.
+
+    Args:
+        model: the model, on any device.
+        folder: made if it does not exist. If writing fails, the files that are there stay.
+
+    Raises:
+        OSError: the folder cannot be written to, or the disk is full.
+    """
+    config = json.dumps(model.config.to_dict(), indent=2) + "\n"
+    tensors = {name: x.detach().contiguous() for name, x in model.state_dict().items()}
+    write_files(
+        folder,
+        {
+            CONFIG: lambda path: _write_text(path, config),
+            TENSORS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+        },
+    )
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The content of config.json.
+
+    Args:
+        folder: what `save` wrote.
+
+    Returns:
+        Keys and values, not yet checked.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON.
+    """
+    path = Path(folder) / CONFIG
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"from_pretrained: expected JSON in {path}, got {error}") from error
+
+
+def load_tensors(model: nn.Module, folder: str | Path) -> None:
+    """Fill a model with the tensors of model.safetensors, all of them or none.
+
+    Args:
+        model: as its config says.
+        folder: what `save` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or its tensors are not the model's; their names are listed.
+    """
+    path = Path(folder) / TENSORS
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"from_pretrained: expected complete tensors in {path}, got {error}"
+        ) from error
+    wanted = model.state_dict()
+    faults = [f"{name} is missing" for name in wanted if name not in tensors]
+    faults += [f"{name} is unknown" for name in tensors if name not in wanted]
+    faults += [
+        f"{name} is {list(tensors[name].shape)} and not {list(x.shape)}"
+        for name, x in wanted.items()
+        if name in tensors and tensors[name].shape != x.shape
+    ]
+    if faults:
+        raise ValueError(
+            f"from_pretrained: expected the model's {len(wanted)} tensors in {path}, got others:"
+            f" {'; '.join(faults)}"
+        )
+    model.load_state_dict(tensors)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
