@@ -1,0 +1,20 @@
+"""Fused operators for multimodal training, as drop-in PyTorch ops.
+
+Each op is one name in four places: `m2ae_kernels.<op>` to call, `torch.ops.m2ae_kernels.<op>` under
+the dispatcher, `m2ae_kernels.reference.<op>` as its plain-PyTorch definition, and
+m2ae_kernels/ops/<op>.py to read. `python -m m2ae_kernels` prints which kernel serves which device.
+"""
+
+from m2ae_kernels import reference
+from m2ae_kernels.ops import ema_update_, info_nce_loss, patch_embed, topk_gating
+from m2ae_kernels.ops.topk_gating import TopkGatingOutput
+
+__all__ = [
+    "TopkGatingOutput",
+    "ema_update_",
+    "info_nce_loss",
+    "patch_embed",
+    "reference",
+    "topk_gating",
+]
+__version__ = "0.1.0"
