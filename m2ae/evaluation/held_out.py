@@ -26,7 +26,7 @@ class HeldOut:
     """Figures and what they were computed from, n samples that have both modalities."""
 
     retrieval: dict[str, RetrievalMetrics]  # by direction
-    category: dict[int, float]  # recall in percent of knowing the category and nothing else
+    category: dict[int, float] | None  # recall in percent of knowing the label and nothing else
     psnr: dict[str, float]  # mean dB: from "image and text", "image" or "text" alone, "mean image"
     images: Tensor  # [n, 3, H, W] floats in [0, 1], the originals
     reconstructions: dict[str, Tensor]  # as `images`, by what they were made from
@@ -39,12 +39,13 @@ class HeldOut:
             direction: {
                 "protocol": metrics.protocol,
                 "median_rank": metrics.median_rank,
+                "ties_for_the_query": metrics.optimistic_recall,  # None: no ties that matter
                 **{
                     f"R@{k}": {
                         "percent": metrics.recall[k],
                         "interval": confidence_interval(metrics.ranks <= k, seed=0),
                         "chance": metrics.chance[k],
-                        "category_only": self.category[k],
+                        "category_only": None if self.category is None else self.category[k],
                     }
                     for k in metrics.recall
                 },
@@ -99,13 +100,13 @@ def evaluate_held_out(
     errors = {name: psnr(made, originals).mean().item() for name, made in reconstructions.items()}
     train_images = _images(train_items, collator)
     errors["mean image"] = mean_image_psnr(train_images, originals).mean().item()
-    labels = [item.label or "" for item in pairs]
+    labels = [item.label for item in pairs if item.label]
     return HeldOut(
         retrieval={
             "image to text": retrieval_metrics(image, text),
             "text to image": retrieval_metrics(text, image),
         },
-        category=category_only(labels, labels),
+        category=category_only(labels, labels) if len(labels) == len(pairs) else None,
         psnr=errors,
         images=originals,
         reconstructions=reconstructions,

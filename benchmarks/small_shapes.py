@@ -1,0 +1,31 @@
+"""Launch every CUDA kernel on small inputs of every kind, for compute-sanitizer to watch."""
+
+import torch
+
+import m2ae_kernels
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+SHAPES = ((), (0,), (1,), (5,), (8193,), (3, 7))
+
+
+def ema_update() -> None:
+    """Every pair of dtypes, with and without shadows, runs of memory and strides, copies."""
+    for target_dtype in FLOATING:
+        for source_dtype in FLOATING:
+            targets = [torch.randn(s, device="cuda").to(target_dtype) for s in SHAPES]
+            sources = [torch.randn(s, device="cuda").to(source_dtype) for s in SHAPES]
+            targets.append(torch.randn(9, 8, device="cuda").to(target_dtype)[::2, 1::3])
+            sources.append(torch.randn(3, 5, device="cuda").to(source_dtype).T)
+            shadows = [torch.empty_like(t, dtype=torch.bfloat16) for t in targets]
+            decay = torch.tensor(0.9, dtype=torch.float64, device="cuda")
+            m2ae_kernels.ema_update_(targets, sources, 0.9)
+            m2ae_kernels.ema_update_(targets, sources, decay, shadows=shadows)
+    for dtype in (torch.int64, torch.int32, torch.int16, torch.bool):
+        counts = torch.ones(33, dtype=dtype, device="cuda")
+        m2ae_kernels.ema_update_([torch.zeros_like(counts)], [counts], 0.9)
+
+
+if __name__ == "__main__":
+    ema_update()
+    torch.cuda.synchronize()
+    print("all kernels launched")

@@ -1,0 +1,1 @@
+"""Training: recipe, schedules, optimizer, loop, log."""
