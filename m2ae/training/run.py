@@ -1,5 +1,6 @@
 """One run from recipe to checkpoint: load data, build the model, train, save."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +76,12 @@ def run_recipe(recipe: Recipe, folder: str | Path, *, quiet: bool = False) -> Ru
     )
     with RunLog(folder / "log.jsonl", recipe.train.steps, quiet=quiet) as log:
         samples_per_second = trainer.fit(log)
+    if trainer.shortened > 0:
+        warnings.warn(
+            f"{trainer.shortened} captions lost tokens: they are longer than"
+            f" context_length = {text.context_length}",
+            stacklevel=2,
+        )
     model.eval()
     model.save_pretrained(folder / "checkpoint")
     return Run(model, items, evaluating, log, samples_per_second)

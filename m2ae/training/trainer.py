@@ -56,6 +56,7 @@ class Trainer:
         self.validation_collator = validation_collator or collator
         self.device = next(model.parameters()).device
         self.optimizer = make_optimizer(model, config)
+        self.shortened = 0  # captions that lost tokens to the context length, so far
 
     def fit(self, log: RunLog) -> float:
         """Run all steps.
@@ -109,6 +110,7 @@ class Trainer:
         masks = draw_masks(
             jepa, self.model.config.image.grid, batch.ids, seed=config.seed, epoch=epoch
         )
+        self.shortened += batch.shortened
         batch = batch.to(self.device)
         output = self.model(batch.inputs, batch.present, masks=masks.to(self.device))
         self.optimizer.zero_grad()
@@ -130,6 +132,7 @@ class Trainer:
             "lr": config.lr * factor,
             "ema_decay": decay,
             "grad_norm": norm.item(),
+            "shortened": self.shortened,
         }
 
     @torch.no_grad()

@@ -27,7 +27,7 @@ PANELS = {
     "ema_decay": ("target encoder's decay", "share kept per step"),
 }
 SCHEDULES = ("lr", "ema_decay")  # exact: a mean would round off their corners
-NOT_DRAWN = ("step", "epoch")
+NOT_DRAWN = ("step", "epoch", "shortened")
 VALIDATION = "val_"  # prefix of a term's name
 BLUE, ORANGE = "#1f5fa8", "#d9730d"
 COLUMNS, WIDTH, HEIGHT = 3, 3.5, 2.3  # panels beside each other; inches of one panel

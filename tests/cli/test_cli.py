@@ -5,7 +5,7 @@ import os
 import sys
 
 import pytest
-from test_trainer import SMALL
+from small_recipe import OVERRIDES
 
 from m2ae.cli.main import main
 
@@ -44,9 +44,7 @@ def test_demo_writes_everything_and_repeats_itself(tmp_path, capsys):
 
 
 def test_train_runs_a_recipe_with_overrides(tmp_path, capsys):
-    settings = {f"model.{name}": value for name, value in SMALL.items()}
-    settings |= {"train.steps": 2, "train.batch_size": 16, "train.warmup_steps": 1}
-    overrides = [part for k, v in settings.items() for part in ("--set", f"{k}={v}")]
+    overrides = [part for o in (*OVERRIDES, "train.steps=2") for part in ("--set", o)]
     status, out, _ = run(capsys, "train", "emoji_tiny", "--json", "--out", tmp_path, *overrides)
     assert status == 0
     figures = json.loads(out)

@@ -7,14 +7,6 @@ from small_model import SMALL
 from m2ae.models.m2ae import M2AE
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def small():
     """The small model, in training mode."""

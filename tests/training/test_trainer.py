@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from small_recipe import small_recipe
 
 from m2ae.config import M2AEConfig
 from m2ae.dataclass_io import from_dict, to_dict
@@ -14,19 +15,6 @@ from m2ae.training.optim import make_optimizer
 from m2ae.training.recipe import Recipe, TrainConfig, load_recipe
 from m2ae.training.run import load_items, run_recipe
 from m2ae.training.trainer import Trainer
-
-SMALL = {
-    "image.img_size": 16, "image.embed_dim": 32, "image.depth": 1, "image.decoder_depth": 1,
-    "text.width": 32, "text.width_in": 16, "text.depth": 1, "text.decoder_depth": 1,
-    "latent_dim": 32, "jepa.predictor_dim": 16, "jepa.predictor_depth": 1,
-}  # fmt: skip
-
-
-def small_recipe(**train):
-    overrides = [f"model.{name}={value}" for name, value in SMALL.items()]
-    options = {"steps": 6, "batch_size": 16, "warmup_steps": 1, "log_every": 1, "eval_every": 3}
-    overrides += [f"train.{name}={value}" for name, value in (options | train).items()]
-    return load_recipe("emoji_tiny", overrides)
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +115,15 @@ def test_a_tokenizer_larger_than_the_table_is_refused(tmp_path):
     recipe = Recipe(dataclasses.replace(recipe.model, text=text), recipe.data, recipe.train)
     with pytest.raises(ValueError, match="expected at least the tokenizer's 2048, got 100"):
         run_recipe(recipe, tmp_path, quiet=True)
+
+
+def test_shortened_captions_are_counted_and_told(tmp_path):
+    recipe = small_recipe(steps=2)
+    text = dataclasses.replace(recipe.model.text, context_length=3)
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, text=text))
+    with pytest.warns(UserWarning, match="captions lost tokens: .* context_length = 3"):
+        made = run_recipe(recipe, tmp_path, quiet=True)
+    assert made.log.rows[0]["shortened"] > 0
 
 
 def test_plain_lines_tell_the_time_left(tmp_path, capsys, monkeypatch):
