@@ -121,6 +121,35 @@ def test_decay_zero_copies_whatever_the_target(dtype, impl):
     assert torch.equal(target, source)
 
 
+def copied(source, dtype, impl):
+    op, device = impl
+    target = torch.zeros(source.shape, dtype=dtype, device=device)
+    op([target], [source.to(device)], 0.0)
+    return target.cpu()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_16_bit_number_widens_exactly(dtype, impl):
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    assert_close(
+        copied(numbers, torch.float32, impl), numbers.float(), equal_nan=True, rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounding_is_to_nearest_even_at_every_boundary(dtype, impl):
+    numbers = torch.arange(2**15, dtype=torch.int16).view(dtype).float()
+    numbers = numbers[numbers.isfinite()].sort().values
+    middles = (numbers[1:].double() + numbers[:-1].double()).div(2).float()
+    largest = numbers[-1:]
+    special = torch.tensor([0.0, 1e-45, 1e-8, torch.inf, torch.nan, 3.4e38])
+    edges = torch.cat([numbers, middles, largest + largest / 2**9, largest * 2, special])
+    up, down = (edges.nextafter(torch.tensor(x)) for x in (torch.inf, -torch.inf))
+    edges = torch.cat([edges, up, down])
+    edges = torch.cat([edges, -edges])
+    assert_close(copied(edges, dtype, impl), edges.to(dtype), equal_nan=True, rtol=0, atol=0)
+
+
 def test_nan_and_inf_spread_in_between(impl):
     op, device = impl
     target = torch.tensor([1.0, torch.nan, 2.0], device=device)

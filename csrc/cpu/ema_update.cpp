@@ -1,8 +1,9 @@
 // ema_update_ on the CPU: threads and memory walks. The loops are in ema_update_kernel.h, the
 // checks in ../ema_update_plan.h; contract and math: m2ae_kernels/ops/ema_update.py
 //
-// One task owns kChunk consecutive elements of one target, and its shadow. It goes through them in
-// blocks that stay in the first-level cache, so the shadow costs no second read of memory.
+// One task owns kChunk consecutive elements of one target, and its shadow. With a shadow it goes
+// through them in blocks that stay in the first-level cache, so the shadow is no second read of
+// memory.
 #include "../ema_update_plan.h"
 
 #include <torch/csrc/stable/library.h>
@@ -55,7 +56,9 @@ class Updater {
       : pair_(pair), layout_(layout), decay_(decay) {}
 
   void operator()(int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += kBlock) block(i, std::min(kBlock, end - i));
+    const bool at_once = layout_ == nullptr && pair_.shadow == nullptr;
+    const int64_t step = at_once ? end - begin : kBlock;
+    for (int64_t i = begin; i < end; i += step) block(i, std::min(step, end - i));
   }
 
  private:

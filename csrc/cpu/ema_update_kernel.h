@@ -1,9 +1,10 @@
 // The loops of ema_update_. Contract and math: m2ae_kernels/ops/ema_update.py
 //
 // One call owns n consecutive elements. Arithmetic is that of torch's lerp, fused multiply-add
-// included, so that equal dtypes give equal bits. Included by isa_*.cpp only, after <cmath>,
-// <type_traits> and torch's BFloat16 and Half.
+// included, so that equal dtypes give equal bits. Included by isa_*.cpp only, after <cmath>.
 #pragma once
+
+#include "convert.h"
 
 namespace m2ae::cpu {
 namespace {
@@ -28,28 +29,25 @@ void ema_update_kernel(
   if (w < acc_t(0.5)) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      const acc_t old = acc_t(t[i]);
-      t[i] = target_t(multiply_add(w, acc_t(s[i]) - old, old));
+      const acc_t old = convert<acc_t>(t[i]);
+      t[i] = convert<target_t>(multiply_add(w, convert<acc_t>(s[i]) - old, old));
     }
   } else {
     const acc_t minus_decay = w - acc_t(1);
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      const acc_t end = acc_t(s[i]);
-      t[i] = target_t(multiply_add(minus_decay, end - acc_t(t[i]), end));
+      const acc_t end = convert<acc_t>(s[i]);
+      t[i] = convert<target_t>(multiply_add(minus_decay, end - convert<acc_t>(t[i]), end));
     }
   }
 }
 
 template <typename from_t, typename to_t>
 void cast_kernel(const void* from /* [n] */, void* to /* [n] */, int64_t n) {
-  // Double goes through float, as tensor.to() does.
-  using via_t = std::conditional_t<std::is_same_v<from_t, to_t>, to_t, float>;
-  using step_t = std::conditional_t<std::is_same_v<to_t, double>, double, via_t>;
   const auto* const x = static_cast<const from_t*>(from);
   auto* const y = static_cast<to_t*>(to);
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) y[i] = to_t(step_t(x[i]));
+  for (int64_t i = 0; i < n; ++i) y[i] = convert<to_t>(x[i]);
 }
 
 }  // namespace

@@ -8,6 +8,8 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cmath>
+#include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "isa.h"

@@ -3,6 +3,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cmath>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>

@@ -15,7 +15,7 @@ from m2ae.atomic_files import write_text
 
 QUICK_STEPS = 40
 SHOWN = 8  # rows of the picture of reconstructions
-MATRIX = 60  # rows and columns of the picture of similarities
+MATRIX = 32  # rows and columns of the picture of similarities
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,11 +84,15 @@ def _draw(folder: Path, rows: list[dict[str, Any]], held_out: Any) -> None:
         held_out.captions[shown][:SHOWN],
         folder / "reconstructions.png",
     )
-    chosen = slice(None, None, max(1, len(held_out.captions) // MATRIX))
+    every = max(1, len(held_out.captions) // MATRIX)
+    chosen = slice(0, every * MATRIX, every)
+    labels = [caption.split(":")[0] for caption in held_out.captions[chosen]]
     similarity_matrix(
-        held_out.similarities[chosen, chosen][:MATRIX, :MATRIX],
+        held_out.similarities[chosen, chosen],
         folder / "similarities.png",
-        title=f"Cosine of {MATRIX} held-out images (rows) and captions (columns)",
+        row_labels=labels,
+        column_labels=labels,
+        title="Cosine of held-out images (rows) and captions (columns)",
     )
 
 
