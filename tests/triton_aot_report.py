@@ -26,6 +26,17 @@ def run(tool, *arguments):
     return result.stdout + result.stderr
 
 
+def assemble(ptx, arch):
+    """What ptxas says of a file. Triton ships two, and which PTX each of them reads depends."""
+    errors = []
+    for ptxas in ("ptxas-blackwell", "ptxas"):
+        try:
+            return run(ptxas, "-v", f"-arch={arch}", str(ptx), "-o", "/dev/null")
+        except (subprocess.CalledProcessError, FileNotFoundError) as error:
+            errors.append(str(getattr(error, "stderr", None) or error))
+    raise RuntimeError("\n".join(errors))
+
+
 def resources(kernel, arguments, constants, options, capability):
     source = ASTSource(
         fn=kernel,
@@ -45,8 +56,7 @@ def resources(kernel, arguments, constants, options, capability):
         ptx.write_text(compiled.asm["ptx"])
         usage = run("cuobjdump", "--dump-resource-usage", str(cubin))
         arch = re.search(r"^\.target (\w+)", compiled.asm["ptx"], re.M)[1]
-        ptxas = "ptxas-blackwell" if capability >= 100 else "ptxas"
-        report = run(ptxas, "-v", f"-arch={arch}", str(ptx), "-o", "/dev/null")
+        report = assemble(ptx, arch)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     return {
         "kernel": kernel.fn.__name__,
