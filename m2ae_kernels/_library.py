@@ -19,9 +19,10 @@ def _load(extension: str) -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module(f"m2ae_kernels.{extension}"), ""
     except ImportError as error:
+        needs = " with nvcc on the PATH or CUDA_HOME set" if extension == "_C_cuda" else ""
         warnings.warn(
             f"m2ae_kernels: {extension} not loaded ({error}); using the slow PyTorch reference. "
-            "Build it with `pip install -e .`",
+            f"Build it with `pip install -e .`{needs}",
             stacklevel=2,
         )
         return None, f"{extension} not loaded: {error}"

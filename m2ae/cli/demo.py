@@ -13,7 +13,7 @@ from typing import Any
 
 from m2ae.atomic_files import write_text
 
-QUICK_STEPS = 40
+QUICK_STEPS = 30
 SHOWN = 8  # rows of the picture of reconstructions
 MATRIX = 32  # rows and columns of the picture of similarities
 
@@ -86,7 +86,7 @@ def _draw(folder: Path, rows: list[dict[str, Any]], held_out: Any) -> None:
     )
     every = max(1, len(held_out.captions) // MATRIX)
     chosen = slice(0, every * MATRIX, every)
-    labels = [caption.split(":")[0] for caption in held_out.captions[chosen]]
+    labels = [caption.rsplit(":", 1)[0] for caption in held_out.captions[chosen]]
     similarity_matrix(
         held_out.similarities[chosen, chosen],
         folder / "similarities.png",
