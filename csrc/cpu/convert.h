@@ -43,8 +43,8 @@ inline BFloat16 narrow_to_bfloat16(float x) {
   return BFloat16(uint16_t(x != x ? nan : rounded), BFloat16::from_bits());
 }
 
-// Adding a power of two that is 2^13 times the unit of the result's last place makes the addition
-// itself round; the constant grows with x, and is smallest where halves become subnormal.
+// Adding a power of two whose last place, as a float, is the last place of the result makes the
+// addition itself round: 2^13 times that of x, and no less than where halves become subnormal.
 inline Half narrow_to_half(float x) {
   const uint32_t bits = bits_of(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
   const float capped = float_of(magnitude < 0x47800000u ? magnitude : 0x47800000u);  // 65536
@@ -52,7 +52,7 @@ inline Half narrow_to_half(float x) {
   const uint32_t lowest = 0x38800000u;  // 2^-14, the smallest normal half
   const uint32_t unit = (exponent > lowest ? exponent : lowest) + (13u << 23);
   const uint32_t sum = bits_of(capped + float_of(unit));
-  // The sum's low bits are mantissa and, by the carry, one more than the exponent's bias asks for.
+  // The sum's low bits are the mantissa with its leading one, which counts as one more exponent.
   const uint32_t half_exponent = ((unit >> 23) - 13u - 112u - 1u) << 10;
   const uint32_t finite = half_exponent + (sum - unit);
   const uint32_t infinite_or_nan = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
