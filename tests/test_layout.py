@@ -94,7 +94,8 @@ def test_instruction_set(isa):
     # A machine without the set runs the best it has, as torch does.
     served = run("-m", "m2ae_kernels", ATEN_CPU_CAPABILITY=isa)
     assert isa != "default" or "ema_update.cpp (default)" in served
-    tests = ["tests/test_ema_update.py", "-k", "registered and not compiles"]
+    files = ["tests/test_ema_update.py", "tests/test_ema_update_memory.py"]
+    tests = [*files, "-k", "registered and not compiles"]
     run("-m", "pytest", "-q", *tests, ATEN_CPU_CAPABILITY=isa)
 
 
