@@ -1,4 +1,4 @@
-"""The rows of info_nce_loss as they enter its products: absent ones 0, normalized; and back."""
+"""Rows of a contrastive loss as they enter its products: absent ones 0, normalized; and back."""
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ def inverse_norm(features: Tensor, mask: Tensor | None, normalize: bool, eps: fl
 
 
 def present_rows(features: Tensor, mask: Tensor | None, rnorm: Tensor) -> Tensor:  # [N, D]
+    """The rows in the accumulator's dtype, multiplied with `rnorm` unless that is empty."""
     rows = _present(features, mask).to(accumulator(features.dtype))
     return rows * rnorm[:, None] if rnorm.numel() > 0 else rows
 
