@@ -1,9 +1,9 @@
 """ema_update_ on the 150 tensors of a ViT-B against what PyTorch users write."""
 
-import statistics
-import time
+import functools
 
 import pytest
+import side_by_side
 import torch
 
 from m2ae_kernels import ema_update_
@@ -99,28 +99,24 @@ def bench_call(impl, device, bench):
     bench(name, {"torch.add": add, "m2ae_kernels": call}[impl], impl=impl)
 
 
-def side_by_side(rounds=15):
-    """Medians and ratios of calls that take turns in one process, so that drift hits all alike."""
+def table():
+    """Rows that take turns; their ratios are what README states."""
     torch.set_num_threads(1)
+    print(side_by_side.machine("cpu"))
     targets = parameters(torch.float32, "cpu", vit_b_shapes())
     shadows = [torch.zeros_like(t, dtype=torch.bfloat16) for t in targets]
     for case, eager in EAGER.items():
         source_dtype = torch.float32 if case == EQUAL else torch.bfloat16
         sources = parameters(source_dtype, "cpu", vit_b_shapes())
         given = shadows if case == SHADOWED else None
-        seconds = {function: [] for function in (eager, mul_add, ours)}
-        for _ in range(rounds):
-            for function, times in seconds.items():
-                start = time.perf_counter()
-                function(targets, sources, given)
-                times.append(time.perf_counter() - start)
+        rows = {
+            function.__name__: functools.partial(function, targets, sources, given)
+            for function in (eager, mul_add, ours)
+        }
         print(case)
-        for function, times in seconds.items():
-            ratios = [a / b for a, b in zip(times, seconds[ours], strict=True)]
-            milliseconds = statistics.median(times) * 1e3
-            ratio = statistics.median(ratios)
-            print(f"  {function.__name__:16} {milliseconds:7.1f} ms  {ratio:5.2f} x ours")
+        for name, (milliseconds, ratio) in side_by_side.compare(rows, "ours", seconds=3).items():
+            print(f"  {name:16} {milliseconds:7.1f} ms  {ratio:5.2f} x ours")
 
 
 if __name__ == "__main__":
-    side_by_side()
+    table()

@@ -1,14 +1,15 @@
 """`bench(group, fn, ...)` times one implementation of one op; rows of a group are comparable.
 
-Median wall time of 50 rounds after 10 warm-up rounds, synchronized inside the timed function, one
-CPU thread. On CUDA the time of the kernels alone, by events over a batch of launches, and the peak
-memory go into `extra_info` beside GB/s or TFLOP/s. A row named "eager" in a group is what the
-others' ratio in the closing table refers to.
+Median wall time of 50 rounds after 10 warm-up rounds (fewer, where those would take more than two
+seconds), synchronized inside the timed function, one CPU thread. On CUDA the time of the kernels
+alone, by events over a batch of launches, and the peak memory go into `extra_info` beside GB/s or
+TFLOP/s. A row named "eager" in a group is what the others' ratio in the closing table refers to.
 """
 
 import json
 import os
 import statistics
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 
 ROWS = pytest.StashKey[list[dict]]()
 ROUNDS = 50
+SECONDS = 2.0  # for the rounds of one row
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -63,13 +65,20 @@ def bench(benchmark, device, request):
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        benchmark.pedantic(timed, rounds=ROUNDS, iterations=1, warmup_rounds=10)
+        rounds = ROUNDS
+        if not benchmark.disabled:
+            timed()
+            start = time.perf_counter()
+            timed()
+            rounds = int(min(max(SECONDS / (time.perf_counter() - start), 3), ROUNDS))
+        warmups = 0 if benchmark.disabled else min(10, rounds)
+        benchmark.pedantic(timed, rounds=rounds, iterations=1, warmup_rounds=warmups)
         if not benchmark.stats:  # under --benchmark-disable
             return
         seconds = benchmark.stats.stats.median
         row = {"group": group, "impl": impl or request.node.callspec.id, "us": seconds * 1e6}
         if device == "cuda":
-            row["kernel_us"] = events_us(fn)
+            row["kernel_us"] = events_us(fn, launches=min(20, rounds))
             row["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6
             seconds = row["kernel_us"] / 1e6
         if bytes_moved is not None:
