@@ -25,7 +25,33 @@ def ema_update() -> None:
         m2ae_kernels.ema_update_([torch.zeros_like(counts)], [counts], 0.9)
 
 
+def contrastive_losses() -> None:
+    """Ragged sizes, every dtype, masks, ids and targets; forward and backward."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for N, M, D in ((1, 1, 1), (17, 33, 5), (130, 259, 40), (300, 200, 96)):
+            query, key = (
+                torch.randn(size, D, device="cuda").to(dtype).requires_grad_() for size in (N, M)
+            )
+            scale = torch.tensor(10.0, device="cuda", requires_grad=True)
+            bias = torch.tensor(-10.0, device="cuda", requires_grad=True)
+            target = torch.randint(0, M, (N,), device="cuda")
+            target[0] = -100
+            masks = (torch.rand(size, device="cuda") < 0.9 for size in (N, M))
+            ids = (torch.randint(0, 9, (size,), device="cuda") for size in (N, M))
+            given = {"target": target, "normalize": True}
+            given |= dict(zip(("query_mask", "key_mask"), masks, strict=True))
+            given |= dict(zip(("query_ids", "key_ids"), ids, strict=True))
+            for same_id in ("negative", "ignore", "positive"):
+                loss = m2ae_kernels.info_nce_loss(query, key, scale, same_id=same_id, **given)
+                loss = loss + m2ae_kernels.siglip_loss(
+                    query, key, scale, bias, same_id=same_id, **given
+                )
+                loss.backward()
+            m2ae_kernels.info_nce_loss(query * 100, key, scale, target=target).backward()
+
+
 if __name__ == "__main__":
     ema_update()
+    contrastive_losses()
     torch.cuda.synchronize()
     print("all kernels launched")

@@ -5,16 +5,25 @@ the dispatcher, `m2ae_kernels.reference.<op>` as its plain-PyTorch definition, a
 m2ae_kernels/ops/<op>.py to read. `python -m m2ae_kernels` prints which kernel serves which device.
 """
 
-from m2ae_kernels import reference
-from m2ae_kernels.ops import ema_update_, info_nce_loss, patch_embed, topk_gating
+from m2ae_kernels import distributed, nn, reference
+from m2ae_kernels.contrastive import clip_loss, nt_xent_loss, sup_con_loss
+from m2ae_kernels.ops import ema_update_, info_nce_loss, patch_embed, siglip_loss, topk_gating
+from m2ae_kernels.ops._info_nce_loss_reduction import ContrastiveMetrics
 from m2ae_kernels.ops.topk_gating import TopkGatingOutput
 
 __all__ = [
+    "ContrastiveMetrics",
     "TopkGatingOutput",
+    "clip_loss",
+    "distributed",
     "ema_update_",
     "info_nce_loss",
+    "nn",
+    "nt_xent_loss",
     "patch_embed",
     "reference",
+    "siglip_loss",
+    "sup_con_loss",
     "topk_gating",
 ]
 __version__ = "0.1.0"
