@@ -3,6 +3,8 @@
 Each op is one name in four places: `m2ae_kernels.<op>` to call, `torch.ops.m2ae_kernels.<op>` under
 the dispatcher, `m2ae_kernels.reference.<op>` as its plain-PyTorch definition, and
 m2ae_kernels/ops/<op>.py to read. `python -m m2ae_kernels` prints which kernel serves which device.
+On top of them, without kernels of their own: contrastive.py, `m2ae_kernels.nn` with modules, and
+`m2ae_kernels.distributed` with losses over the rows of several processes.
 """
 
 from m2ae_kernels import distributed, nn, reference
