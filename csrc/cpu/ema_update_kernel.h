@@ -5,18 +5,10 @@
 #pragma once
 
 #include "convert.h"
+#include "multiply_add.h"
 
 namespace m2ae::cpu {
 namespace {
-
-template <typename acc_t>
-inline acc_t multiply_add(acc_t a, acc_t b, acc_t c) {
-#if defined(__FMA__) || defined(__aarch64__)
-  return std::fma(a, b, c);
-#else
-  return a * b + c;  // torch's own kernels do not fuse either on such a machine
-#endif
-}
 
 template <typename target_t, typename source_t>
 void ema_update_kernel(

@@ -5,6 +5,9 @@
 #include <cstdint>
 
 #include "../element.h"
+#include "gemm.h"
+#include "info_nce_loss_tile.h"
+#include "siglip_loss_tile.h"
 
 namespace m2ae::cpu {
 
@@ -19,6 +22,37 @@ struct Kernels {
   // to <- from, rounded to nearest even.
   using Cast = void(const void* from /* [n] */, void* to /* [n] */, int64_t n);
   Cast* cast[kFloatingElements][kFloatingElements];  // by the element of from and of to
+
+  // Rows of the contrastive losses: contrastive_rows_kernel.h. No loss takes float64.
+  using SquareNorm = double(const void* row, int64_t stride, int64_t n);
+  using PackRow = void(
+      const void* row, int64_t stride, int64_t n, float a, float b, void* packed, int64_t depth);
+  using WriteGradient =
+      void(const float* gradient, float a, const void* row, float b, int64_t n, void* out);
+  using Transpose = void(
+      const void* from, int64_t ld_from, int64_t rows, int64_t columns, void* to, int64_t ld_to);
+  SquareNorm* square_norm[kFloatingElements];
+  PackRow* pack_row[kFloatingElements][kOperands];
+  WriteGradient* write_gradient[kFloatingElements][kOperands];
+  double (*dot_rows[kOperands])(const void* a, const void* b, int64_t n);
+  double (*dot_gradient[kOperands])(const void* row, const float* gradient, int64_t n);
+  void (*add_row[kOperands])(const void* row, float factor, float* gradient, int64_t n);
+  Transpose* transpose32;
+  Transpose* transpose16;
+  void (*pair_rows)(const void* from, int64_t rows, int64_t n, void* to);
+  void (*add)(float* sum, const float* more, int64_t n);
+
+  // Tiles of info_nce_loss.
+  NceSumsKernel* nce_sums[kOperands][kSameIds];
+  NceSumsKernel* nce_robust_sums[kOperands][kSameIds];
+  NceRanksKernel* nce_ranks[kOperands][kSameIds];
+  NceGradientKernel* nce_gradient[kOperands][kSameIds];
+  NceGradientKernel* nce_robust_gradient[kOperands][kSameIds];
+
+  // Tiles of siglip_loss: the loss, or with its gradient.
+  SiglipKernel* siglip_loss[kOperands][kSameIds];
+  SiglipKernel* siglip_gradient[kOperands][kSameIds];
+  void (*siglip_scale[kFloatingElements])(const float* from, float factor, int64_t n, void* to);
 };
 
 extern const Kernels kDefault, kAvx2, kAvx512;

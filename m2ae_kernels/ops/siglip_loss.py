@@ -12,7 +12,8 @@ softplus(l) = log(1 + exp(l)) and its derivative sigma(l) = 1 / (1 + exp(-l)):
 and through the division by |.|: (dx - x (x . dx)) / |.|. No softmax couples the entries, so the
 gradients of the sum are made in forward, where the logits are, up to the upstream scalar.
 
-Kernels: none yet; the reference serves every device, with a few N x M matrices in each direction.
+Kernels: csrc/cpu/siglip_loss.cpp on the CPU, tile by tile: nothing N x M is held there. Elsewhere
+the reference serves, with a few N x M matrices in each direction.
 Used by: Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training".
 """
 
