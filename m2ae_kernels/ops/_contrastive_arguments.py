@@ -48,7 +48,10 @@ def use_tf32(query: Tensor, allow_tf32: bool | None) -> bool:
     """Whether products of float32 may round to tf32: as asked for, else as matrix products do."""
     if query.device.type != "cuda" or query.dtype != torch.float32:
         return False
-    return torch.backends.cuda.matmul.allow_tf32 if allow_tf32 is None else allow_tf32
+    if allow_tf32 is not None:
+        return allow_tf32
+    # Unlike matmul.allow_tf32, this may be read whichever way the setting was made.
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def number(
