@@ -17,7 +17,9 @@ BASENAMES = {op: op.removesuffix("_") for op in ops.__all__}  # ema_update_ live
 
 
 def names(pattern: str) -> set[str]:
-    return {path.stem for path in ROOT.glob(pattern)} - {"__init__", "module"}
+    """Of the files; what several ops share, or parts of one, begins with an underscore."""
+    stems = {path.stem for path in ROOT.glob(pattern)} - {"module"}
+    return {stem for stem in stems if not stem.startswith("_")}
 
 
 def run(*command: str, **environment: str) -> str:

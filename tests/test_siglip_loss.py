@@ -95,8 +95,7 @@ def assert_matches(op, *inputs, **given):
         # one after the other, is off by some sqrt(n) roundings; of 16-bit features each term is,
         # too, as the derivative by its logit is rounded for the product.
         last_bit = torch.finfo(grad.dtype).eps
-        near = 2 * max(max(map(len, inputs[:2])), 64) ** 0.5 * EPS
-        near = near if inputs[0].dtype == torch.float32 else last_bit
+        near = max(2 * max(max(map(len, inputs[:2])), 64) ** 0.5 * EPS, last_bit)
         largest = right.abs().max().item() if right.numel() else 0.0
         rtol = max(1.3e-6, last_bit)
         at_least = 1e-6 if grad.dim() else 1e-5  # numbers: sums of all entries

@@ -1,7 +1,10 @@
 """siglip_loss under autograd, autocast, torch.compile and the registration's own checks."""
 
 import itertools
+import math
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +12,11 @@ from test_siglip_loss import features, numbers
 from torch.library import opcheck
 
 import m2ae_kernels
-from m2ae_kernels import reference
+from m2ae_kernels import _library, reference
+
+
+def served_by_reference():
+    return _library.served_by("siglip_loss", "cpu").startswith("reference")
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -83,6 +90,51 @@ def test_nothing_quadratic_is_saved(impl):
         loss = op(*inputs, normalize=True, reduction=reduction)
         made_by = loss.grad_fn if reduction == "none" else loss.grad_fn.next_functions[0][0]
         assert max(t.numel() for t in made_by.saved_tensors if t is not None) == 300 * 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_matrix_of_logits_is_held():
+    if served_by_reference():
+        pytest.skip("the reference holds some")
+    code = """
+import torch
+from m2ae_kernels import siglip_loss
+torch.set_num_threads(1)
+def call(N, reduction):
+    rows = [torch.randn(N, 32).requires_grad_() for _ in range(2)]
+    siglip_loss(*rows, 10.0, -10.0, normalize=True, reduction=reduction).sum().backward()
+def kilobytes(field):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+for reduction in ("mean", "none"):
+    call(64, reduction)
+before = kilobytes("VmRSS")
+for reduction in ("mean", "none"):
+    call(8192, reduction)
+print(kilobytes("VmHWM") - before)
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert int(process.stdout) < 64 << 10  # logits would be 256 MB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_more_entries_than_int32_can_count(reduction):
+    if served_by_reference():
+        pytest.skip("the reference would hold them")
+    N = 46_400
+    images = torch.full((N, 1), 0.5, requires_grad=True)
+    texts = torch.full((N, 1), 0.25, requires_grad=True)
+    inputs = images, texts, *numbers(8.0, -9.0)
+    loss = m2ae_kernels.siglip_loss(*inputs, reduction=reduction)
+    softplus, sigma = math.log1p(math.exp(-8)), 1 / (1 + math.exp(8))
+    total = N * (N * softplus + 8)
+    by_logits = N * (N * sigma - 1)
+    torch.testing.assert_close(loss.sum().item(), total, rtol=1e-5, atol=0)
+    grads = torch.autograd.grad(loss.sum(), inputs)
+    for grad, wanted in zip(grads, (8 * 0.25, 8 * 0.5, 0.125, 1), strict=True):
+        torch.testing.assert_close(grad.sum().item(), wanted * by_logits, rtol=1e-4, atol=0)
 
 
 def test_no_gradient_is_made_without_a_need(impl):

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-POINTERS_ARE_ALIGNED = [["tt.divisibility", 16]]
+DIVISIBLE_BY_16 = [["tt.divisibility", 16]]
 
 
 def run(tool, *arguments):
@@ -37,16 +37,13 @@ def assemble(ptx, arch):
     raise RuntimeError("\n".join(errors))
 
 
-def resources(kernel, arguments, constants, options, capability):
+def resources(kernel, arguments, constants, options, divisible, capability):
+    names = kernel.arg_names
     source = ASTSource(
         fn=kernel,
-        signature={**arguments, **dict.fromkeys(constants, "constexpr")},
+        signature={name: arguments.get(name, "constexpr") for name in names},
         constexprs=constants,
-        attrs={
-            (i,): POINTERS_ARE_ALIGNED
-            for i, dtype in enumerate(arguments.values())
-            if dtype.startswith("*")
-        },
+        attrs={(names.index(name),): DIVISIBLE_BY_16 for name in divisible},
     )
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options=options)
@@ -60,7 +57,7 @@ def resources(kernel, arguments, constants, options, capability):
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     return {
         "kernel": kernel.fn.__name__,
-        "dtypes": " ".join(arguments.values()),
+        "of": describe(arguments, constants, options),
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack_bytes": int(re.search(r"STACK:(\d+)", usage)[1]),
         "spilled_bytes": sum(map(int, spills.groups())),
@@ -68,6 +65,25 @@ def resources(kernel, arguments, constants, options, capability):
     }
 
 
-capability = int(sys.argv[1])
-cases = triton_cases.SELFTEST[sys.argv[2]] if len(sys.argv) > 2 else triton_cases.CASES
-print(json.dumps([resources(*case, capability) for case in cases]))
+def describe(arguments, constants, options):
+    """The case in a few words: type of the first argument, tile, options that are on."""
+    first = re.sub(r"[*<>\[\],]+", " ", next(iter(arguments.values()))).split()[:2]
+    first = "descriptor " + first[1] if first[0] == "tensordesc" else first[0]
+    on = [name for name, value in constants.items() if value is True or name == "SAME_ID"]
+    on = [f"{name}={constants[name]}" if name == "SAME_ID" else name for name in on]
+    on += [name for name in ("rnorm_q_ptr", "key_mask_ptr", "level_k_ptr") if name in arguments]
+    on = [name for name in on if name not in ("BY_DESCRIPTOR", "FLATTEN")]
+    tile = "x".join(str(constants[f"BLOCK_{x}"]) for x in "MNK" if f"BLOCK_{x}" in constants)
+    return " ".join([first, tile, f"{options.get('num_warps', 4)} warps", *on])
+
+
+def report(case, capability):
+    try:
+        return resources(*case, capability)
+    except Exception as error:
+        raise RuntimeError(f"{case[0].fn.__name__}: {case[1:]}") from error
+
+
+if __name__ == "__main__":
+    capability, *which = int(sys.argv[1]), *sys.argv[2:]
+    print(json.dumps([report(case, capability) for case in triton_cases.cases(capability, *which)]))

@@ -1,12 +1,147 @@
 """What tests/test_triton.py compiles: each Triton kernel of m2ae_kernels as it is launched.
 
-A case is (kernel, type of each runtime argument, compile-time constants, launch options). A kernel
-joins CASES in the change that adds m2ae_kernels/triton/<op>.py.
+The launchers run on CPU tensors, told that these are on a GPU of some capability, while launches
+are recorded instead of run. So tiles, descriptors and options are those of that GPU, and a launcher
+that read a result back would be found out by the garbage it reads. A kernel joins by being launched
+in CALLS. A case is (kernel, type of each runtime argument, compile-time constants, launch options,
+runtime arguments that 16 divides).
 """
 
-import triton_selftest
+import contextlib
+import functools
+import importlib
+from unittest import mock
 
-CASES = []
+import torch
+import triton_selftest
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from m2ae_kernels.triton import _device
+
+TYPES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int8: "i8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
+
+
+def cases(capability, which="kernels"):
+    """Cases for a GPU of `capability`, 90 being 9.0."""
+    if which != "kernels":
+        return SELFTEST[which]
+    seen = {}
+    for case in recorded(capability):
+        kernel, *rest = case
+        seen.setdefault((kernel.fn.__module__, kernel.fn.__name__, str(rest)), case)
+    return list(seen.values())
+
+
+def recorded(capability):
+    launches = []
+
+    def record(kernel, *arguments, grid, warmup, **given):
+        launches.append(case_of(kernel, arguments, given))
+
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(JITFunction, "run", record))
+        gpu = functools.partial(lambda major, _: (major, 100), capability // 10)
+        patches.enter_context(mock.patch.object(_device, "capability", gpu))
+        for call in CALLS:
+            call()
+    return launches
+
+
+def case_of(kernel, arguments, given):
+    """As Triton specializes a launch: None and 1 are constants, multiples of 16 are known to be."""
+    given = {**dict(zip(kernel.arg_names, arguments, strict=False)), **given}
+    types, constants, divisible = {}, {}, []
+    for parameter in kernel.params:
+        name, value = parameter.name, given.pop(parameter.name)
+        specialized = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialized and value == 1):
+            constants[name] = value
+        elif isinstance(value, TensorDescriptor):
+            block = ",".join(map(str, value.block_shape))
+            types[name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
+        elif isinstance(value, torch.Tensor):
+            types[name] = f"*{TYPES[value.dtype]}"
+            divisible += [name] if value.data_ptr() % 16 == 0 else []
+        elif isinstance(value, int):
+            types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            divisible += [name] if specialized and value % 16 == 0 else []
+        else:
+            types[name] = "fp32"
+    return kernel, types, constants, given, divisible
+
+
+def rows(dtype, D, every_option):
+    """Features, and either what is left out by default or every option there is."""
+    N, M = 300, 400
+    x, y = torch.zeros(N, D, dtype=dtype), torch.zeros(M, D, dtype=dtype)
+    none = (None,) * 5
+    some = (
+        torch.zeros(N, dtype=torch.int64),  # target
+        torch.ones(N, dtype=torch.bool),
+        torch.ones(M, dtype=torch.bool),
+        torch.zeros(N, dtype=torch.int64),  # ids
+        torch.zeros(M, dtype=torch.int64),
+    )
+    return x, y, some if every_option else none
+
+
+def info_nce_loss(dtype, D, same_id=0, every_option=False, ranks=False, allow_tf32=False):
+    module = importlib.import_module("m2ae_kernels.triton.info_nce_loss")
+    x, y, pairing = rows(dtype, D, every_option)
+    options = (0, -100, same_id, every_option, every_option, 1e-12, True)
+    inputs = (x, y, torch.ones(()), *pairing)
+    workspace = 512 << 20
+    outputs = module.info_nce_loss(*inputs, *options, ranks, False, allow_tf32, workspace)
+    grads = outputs[:2]
+    given = (*outputs[2:10], outputs[12], *options, allow_tf32, workspace, [True] * 3)
+    module.info_nce_loss_backward(*grads, *inputs, *given)
+
+
+def siglip_loss(dtype, D, same_id=0, every_option=False, allow_tf32=False):
+    module = importlib.import_module("m2ae_kernels.triton.siglip_loss")
+    x, y, pairing = rows(dtype, D, every_option)
+    weight = torch.ones(len(x)) if every_option else None
+    inputs = (x, y, torch.ones(()), torch.ones(()), *pairing, weight)
+    options = (0, -100, same_id, every_option, 1e-12)
+    limits = (allow_tf32, 512 << 20)
+    module.siglip_loss(*inputs, *options, False, [True] * 4, *limits)
+    *_, rnorm_q, rnorm_k = module.siglip_loss(*inputs, *options, True, [False] * 4, *limits)
+    grad = torch.ones(len(x))
+    module.siglip_loss_backward(grad, *inputs, rnorm_q, rnorm_k, *options, *limits, [True] * 4)
+
+
+half, single = torch.bfloat16, torch.float32
+# The plain loss, by descriptor where there are any and, for an odd width, by pointer; every option,
+# of which one kind of id takes the most registers; the other dtypes; a width of 1, a constant.
+CALLS = [
+    functools.partial(op, dtype, D, **given)
+    for op in (info_nce_loss, siglip_loss)
+    for dtype, D, given in (
+        (half, 64, {}),
+        (half, 36, {}),
+        (half, 64, {"every_option": True, "same_id": 1}),
+        (half, 64, {"every_option": True, "same_id": 2}),
+        (half, 36, {"every_option": True, "same_id": 2}),
+        (torch.float16, 64, {}),
+        (single, 64, {}),
+        (single, 1, {}),
+        (single, 64, {"every_option": True, "same_id": 2}),
+        (single, 64, {"allow_tf32": True}),
+        (single, 64, {"every_option": True, "same_id": 2, "allow_tf32": True}),
+    )
+]
+CALLS.append(functools.partial(info_nce_loss, half, 64, every_option=True, same_id=2, ranks=True))
+CALLS.append(functools.partial(info_nce_loss, half, 64, ranks=True))
 
 SELFTEST = {
     "fits": [
@@ -15,6 +150,7 @@ SELFTEST = {
             {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "D": "i32"},
             {"BLOCK_D": 1024},
             {"num_warps": 4},
+            ["x_ptr", "y_ptr"],
         )
         for dtype in ("fp32", "bf16", "fp16")
     ],
@@ -24,6 +160,7 @@ SELFTEST = {
             {"x_ptr": "*bf16", "y_ptr": "*bf16", "out_ptr": "*fp32", "K": "i32"},
             {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64},
             {"num_warps": 4},
+            ["x_ptr", "y_ptr", "out_ptr"],
         )
     ],
 }

@@ -25,13 +25,15 @@ void finish_row(
     const float inverse = inverse_norm(normalization, at);
     a *= inverse / double(side.factor(i));
     const bool is_unit = inverse < float(1 / normalization.eps);  // else divided by eps, a constant
-    const double along = kernel.dot_gradient[operand](row, h, side.depth());
-    if (is_unit) b = -scale * inverse * along * side.factor(i);
+    // The row is a unit vector but for rounding, which what is along it must not show.
+    if (is_unit)
+      b = -a * kernel.dot_gradient[operand](row, h, side.depth()) /
+          kernel.dot_rows[operand](row, row, side.depth());
   }
   char* const to =
       static_cast<char*>(output.gradient) + at * side.width() * bytes_of(output.element);
   const auto write = kernel.write_gradient[int(output.element)][operand];
-  write(h, float(a), row, float(b), side.width(), to);
+  write(h, a, row, b, side.width(), to);
 }
 
 void zero_absent_rows(const PackedRows& side, GradientOutput output) {

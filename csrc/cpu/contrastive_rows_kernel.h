@@ -107,15 +107,15 @@ void add_row_kernel(const void* row /* [n] */, float factor, float* gradient /* 
     gradient[d] = multiply_add(factor, convert<float>(x[d]), gradient[d]);
 }
 
-// out = a * gradient + b * row
+// out = a * gradient + b * row; in double, because the two may cancel.
 template <typename element_t, typename operand_t>
 void write_gradient_kernel(
-    const float* gradient, float a, const void* row, float b, int64_t n, void* out /* [n] */) {
+    const float* gradient, double a, const void* row, double b, int64_t n, void* out /* [n] */) {
   const auto* const x = static_cast<const operand_t*>(row);
   auto* const y = static_cast<element_t*>(out);
 #pragma omp simd
   for (int64_t d = 0; d < n; ++d)
-    y[d] = convert<element_t>(multiply_add(a, gradient[d], b * convert<float>(x[d])));
+    y[d] = convert<element_t>(float(a * double(gradient[d]) + b * double(convert<float>(x[d]))));
 }
 
 // sum += more

@@ -45,6 +45,32 @@ TileGrid tile_grid(int64_t n, int64_t m, int64_t depth, int products) {
   return grid;
 }
 
+void multiply_rows(
+    Operand operand,
+    int64_t rows,
+    int64_t columns,
+    int64_t depth,
+    const char* a,
+    const char* transposed_b,
+    int64_t ldb,
+    float* c,
+    int64_t ldc) {
+  const int64_t bytes = bytes_of(operand);
+  for (int64_t d = 0; d < depth; d += kDeepest)
+    gemm(
+        operand,
+        rows,
+        columns,
+        std::min(kDeepest, depth - d),
+        a + d * bytes,
+        depth,
+        transposed_b + d * ldb * bytes,
+        ldb,
+        d > 0,
+        c,
+        ldc);
+}
+
 GradientSums::GradientSums(const TileGrid& grid, int64_t depth, bool rows, bool columns)
     : grid_(grid), depth_(depth) {
   const int64_t columns_of_tiles = grid.column_tiles * grid.column_tile;
@@ -97,22 +123,17 @@ Tile TileWalk::tile(int64_t i, int64_t j, bool multiply) const {
   const bool is_float = x_.operand() == Operand::kFloat32;
   tile.gradient_a = is_float ? static_cast<void*>(values_.data()) : gradient_a_.data();
   tile.gradient_b = is_float ? static_cast<void*>(values_.data()) : gradient_b_.data();
-  if (multiply) {
-    const int64_t depth = x_.depth(), bytes = bytes_of(x_.operand());
-    for (int64_t d = 0; d < depth; d += kDeepest)
-      gemm(
-          x_.operand(),
-          tile.padded_rows,
-          tile.padded_columns,
-          std::min(kDeepest, depth - d),
-          x_.rows(tile.row) + d * bytes,
-          depth,
-          y_.transposed_b(j) + d * tile.ld * bytes,
-          tile.ld,
-          d > 0,
-          tile.values,
-          tile.ld);
-  }
+  if (multiply)
+    multiply_rows(
+        x_.operand(),
+        tile.padded_rows,
+        tile.padded_columns,
+        x_.depth(),
+        x_.rows(tile.row),
+        y_.transposed_b(j),
+        tile.ld,
+        tile.values,
+        tile.ld);
   return tile;
 }
 

@@ -56,6 +56,18 @@ void pack_both(PackedRows& x, PackedRows& y, bool parallel, const Run& run) {
   });
 }
 
+// C [rows, columns] = A B over packed rows and transposed ones, in parts where they are deep.
+void multiply_rows(
+    Operand operand,
+    int64_t rows,
+    int64_t columns,
+    int64_t depth,
+    const char* a /* [rows, depth] */,
+    const char* transposed_b /* [depth, ldb] */,
+    int64_t ldb,
+    float* c,
+    int64_t ldc);
+
 struct Tile {
   int64_t i, j;                         // which one
   int64_t row, column;                  // its first row and column

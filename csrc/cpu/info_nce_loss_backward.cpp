@@ -15,127 +15,19 @@
 #include <vector>
 
 #include "contrastive_gradients.h"
-#include "info_nce_loss.h"
+#include "info_nce_loss_inputs.h"
+#include "info_nce_loss_shares.h"
 #include "isa.h"
 
 namespace m2ae::cpu {
 namespace {
 
 constexpr const char* kOp = "info_nce_loss_backward";
-constexpr double kLog2E = 1.44269504088896340736;
 constexpr int64_t kChunk = 512;  // rows or columns whose shares one task makes
-
-double sigmoid(double x) {
-  return 1 / (1 + std::exp(-x));
-}
-
-// What the forward found for one direction, and the upstream gradient of its losses.
-struct Upstream {
-  const PresentRows& rows;
-  bool wanted;  // false: the loss has no such direction
-  RowValues<float> gradient, neg, pos, num;
-
-  Upstream(
-      const Tensor& gradient_of,
-      const Tensor& neg_of,
-      const Tensor& pos_of,
-      const Tensor& num_of,
-      const PresentRows& of_rows,
-      bool is_wanted)
-      : rows(of_rows),
-        wanted(is_wanted),
-        gradient(kOp, "the upstream gradient", gradient_of, is_wanted ? rows.all : 0),
-        neg(kOp, "neg", neg_of, is_wanted ? rows.all : 0),
-        pos(kOp, "pos", pos_of, is_wanted ? rows.all : 0),
-        num(kOp, "num", num_of, is_wanted ? rows.all : 0) {}
-
-  bool in_loss(int64_t i) const { return wanted && num[rows.row_of(i)] > 0; }
-  double weight(int64_t i) const { return in_loss(i) ? gradient[rows.row_of(i)] : 0; }
-  bool single(int64_t i) const { return num[rows.row_of(i)] == 1; }
-  // Of a row in the loss: gradient / w of a positive of this logit, to the base 2.
-  double positive(int64_t i, double logit) const {
-    const int64_t row = rows.row_of(i);
-    const double sigma = sigmoid(neg[row]);
-    if (single(i)) return -sigma;
-    const double r = std::exp2(logit - pos[row] * kLog2E);
-    return (r - 1 / double(num[row])) - r * sigma;
-  }
-};
-
-// The arrays of NceShares for all rows of one direction.
-class DirectionShares {
- public:
-  DirectionShares(const Upstream& of, bool robust, bool by_id) : of_(of), by_id_(by_id) {
-    const int64_t size = of.rows.count;
-    negative_ = Buffer<float>(size);
-    if (robust) lse_ = Buffer<float>(size);
-    if (!by_id) return;
-    for (Buffer<float>* buffer : {&weight_, &positive_, &single_, &inverse_count_, &sigma_})
-      *buffer = Buffer<float>(size);
-    if (robust) pos_ = Buffer<float>(size);
-  }
-
-  // False if row i has shares that need a reference of its own.
-  bool fill(int64_t i, double unit, const NceRange& range) {
-    const int64_t row = of_.rows.row_of(i);
-    const bool in_loss = of_.in_loss(i);
-    const double weight = of_.weight(i) / unit;
-    const double pos = in_loss ? of_.pos[row] * kLog2E : 0;
-    const double lse = in_loss ? pos + softplus(of_.neg[row]) * kLog2E : 0;
-    const double reference = range.scale.reference;
-    negative_[i] = float(range.robust ? weight : weight * std::exp2(reference - lse));
-    if (range.robust) lse_[i] = float(lse);
-    bool fits = range.robust || weight == 0 || std::fabs(reference - lse) <= 126;
-    if (!by_id_) return fits;
-    const bool single = in_loss && of_.single(i), several = in_loss && !single;
-    weight_[i] = float(weight);
-    single_[i] = single ? 1 : 0;
-    positive_[i] = several ? float(range.robust ? 1 : std::exp2(reference - pos)) : 0;
-    inverse_count_[i] = in_loss ? 1 / of_.num[row] : 0;
-    sigma_[i] = in_loss ? float(sigmoid(of_.neg[row])) : 0;
-    if (range.robust) pos_[i] = float(pos);
-    return fits && (range.robust || !several || std::fabs(reference - pos) <= 126);
-  }
-
-  NceShares at(int64_t i) const {
-    const auto from = [&](const Buffer<float>& of) {
-      return of.size() == 0 ? nullptr : of.data() + i;
-    };
-    return {
-        from(negative_),
-        from(lse_),
-        from(weight_),
-        from(positive_),
-        from(pos_),
-        from(single_),
-        from(inverse_count_),
-        from(sigma_)};
-  }
-
- private:
-  const Upstream& of_;
-  bool by_id_;
-  Buffer<float> negative_, lse_, weight_, positive_, pos_, single_, inverse_count_, sigma_;
-};
 
 struct Shares {
   DirectionShares rows, columns;
 };
-
-// A power of two to divide upstream gradients by, so that they are of order 1; 0 if all are.
-double unit_of(const Upstream& queries, const Upstream& keys) {
-  double most = 0;
-  bool finite = true;
-  for (const Upstream* of : {&queries, &keys}) {
-    for (int64_t i = 0; of->wanted && i < of->rows.count; ++i) {
-      const double weight = std::fabs(of->weight(i));
-      most = std::max(most, weight);
-      finite = finite && std::isfinite(weight);
-    }
-  }
-  if (!finite) return 1;
-  return most == 0 ? 0 : std::ldexp(1.0, std::ilogb(most));
-}
 
 double sum_of(const Buffer<double>& parts) {
   double sum = 0;
@@ -240,8 +132,8 @@ class Backward {
     if (j >= 0) {
       product = product_of_rows(x_, i, y_, j);
       const double logit = range_.scale.scale * product;
-      if (queries_.in_loss(i)) gradient += queries_.weight(i) * queries_.positive(i, logit);
-      if (keys_.in_loss(j)) gradient += keys_.weight(j) * keys_.positive(j, logit);
+      if (queries_.in_loss(i)) gradient += queries_.weight(i) * queries_.of_positive(i, logit);
+      if (keys_.in_loss(j)) gradient += keys_.weight(j) * keys_.of_positive(j, logit);
     }
     coefficient_[i] = float(gradient / unit_);
     return gradient / unit_ * product;
@@ -315,8 +207,8 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_loss_backward_cpu(
       same_id,
       exclude_self};
   const ContrastivePairs pairs = contrastive_pairs(kOp, N, M, arguments);
-  const Upstream of_queries(grad_q, neg_q, pos_q, num_q, pairs.queries, true);
-  const Upstream of_keys(grad_k, neg_k, pos_k, num_k, pairs.keys, symmetric);
+  const Upstream of_queries(kOp, grad_q, neg_q, pos_q, num_q, pairs.queries, true);
+  const Upstream of_keys(kOp, grad_k, neg_k, pos_k, num_k, pairs.keys, symmetric);
 
   Tensor dquery = gradient_like(query, need_query), dkey = gradient_like(key, need_key);
   Tensor dscale = need_scale ? torch::stable::new_empty(logit_scale, logit_scale.sizes())

@@ -28,7 +28,7 @@ struct Kernels {
   using PackRow = void(
       const void* row, int64_t stride, int64_t n, float a, float b, void* packed, int64_t depth);
   using WriteGradient =
-      void(const float* gradient, float a, const void* row, float b, int64_t n, void* out);
+      void(const float* gradient, double a, const void* row, double b, int64_t n, void* out);
   using Transpose = void(
       const void* from, int64_t ld_from, int64_t rows, int64_t columns, void* to, int64_t ld_to);
   SquareNorm* square_norm[kFloatingElements];

@@ -1,4 +1,4 @@
-// What both directions of info_nce_loss on the CPU share. Math: m2ae_kernels/ops/info_nce_loss.py
+// What forward and backward of info_nce_loss both make of its inputs.
 #pragma once
 
 #include "contrastive_tiles.h"
