@@ -1,10 +1,13 @@
 """The torch.library namespace `m2ae_kernels`: how an op is declared and which kernels serve it."""
 
 import contextlib
+import functools
 import importlib
+import importlib.util
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -35,6 +38,7 @@ CUDA_EXTENSION, _no_cuda = (
 
 SCHEMAS: dict[str, str] = {}  # every op and its arguments, in order of definition
 REFERENCES: dict[str, Callable[..., Any]] = {}  # what serves it where no kernel does
+TRITON: dict[str, str] = {}  # the file whose Triton kernel serves it on CUDA
 
 
 def define(schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -46,6 +50,29 @@ def define(schema: str, *, reference: Callable[..., Any], fake: Callable[..., An
     torch.library.define(name, SCHEMAS[op], tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(name, "CompositeExplicitAutograd", reference)
     torch.library.register_fake(name, fake)
+    _register_triton(op)
+
+
+def _triton_file(op: str) -> str | None:
+    """The file with the op's Triton kernel, if it has one; that of its backward is there, too."""
+    basename = op.removesuffix("_").removesuffix("_backward")
+    file = Path(__file__).parent / f"triton/{basename}.py"
+    return f"m2ae_kernels/triton/{basename}.py" if file.exists() else None
+
+
+def _register_triton(op: str) -> None:
+    """Let the op's Triton kernel serve it on CUDA; Triton is imported by the first call."""
+    file = _triton_file(op)
+    if file is None or importlib.util.find_spec("triton") is None:
+        return
+    module = file.removesuffix(".py").replace("/", ".")
+
+    @functools.cache
+    def kernel() -> Callable[..., Any]:
+        return getattr(importlib.import_module(module), op)
+
+    torch.library.impl(f"{NAMESPACE}::{op}", "CUDA", lambda *args: kernel()(*args))
+    TRITON[op] = file
 
 
 @contextlib.contextmanager
@@ -64,6 +91,8 @@ def implementation(op: str, function: Callable[..., Any], key: str) -> Iterator[
 def served_by(op: str, device: str) -> str:
     """The file whose kernel runs for `op` on `device`; or that the reference does, and why."""
     name = f"{NAMESPACE}::{op}"
+    if device == "cuda" and op in TRITON:
+        return TRITON[op]
     if torch._C._dispatch_has_kernel_for_dispatch_key(name, DEVICES[device]):
         registrations = torch._C._dispatch_dump(name)
         found = re.search(
@@ -74,4 +103,6 @@ def served_by(op: str, device: str) -> str:
             kernel += f" ({CPU_EXTENSION.INSTRUCTION_SET})"
         return kernel
     missing = {"cpu": _no_cpu, "cuda": _no_cuda}[device]
+    if device == "cuda" and _triton_file(op) is not None:
+        missing = "triton is not installed"
     return f"reference ({missing or f'no kernel for {device}'})"
