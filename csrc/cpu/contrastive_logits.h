@@ -1,5 +1,5 @@
 // From the products of a tile to its logits, for the loops of the contrastive losses. Included by
-// kernels only, after convert.h.
+// kernels only.
 #pragma once
 
 #include "contrastive_tile.h"

@@ -18,8 +18,8 @@ namespace m2ae::cpu {
 
 struct TileGrid {
   int64_t rows = 0, columns = 0;  // n and m
-  int64_t row_tile = kPadding,
-          column_tile = kPadding;  // size of a tile; the last one may be smaller
+  // Size of a tile; the last one may be smaller.
+  int64_t row_tile = kPadding, column_tile = kPadding;
   int64_t row_tiles = 0, column_tiles = 0;
   int64_t row_groups = 1, column_groups = 1;
 
@@ -45,14 +45,11 @@ void run_parallel(int64_t count, bool parallel, const Run& run) {
     range(0, count);
 }
 
-// Fills every form that the two sides were made with; run(side, tile) follows each tile's packing.
-template <typename Run>
-void pack_both(PackedRows& x, PackedRows& y, bool parallel, const Run& run) {
+// Fills every form that the two sides were made with.
+inline void pack_both(PackedRows& x, PackedRows& y, bool parallel) {
   run_parallel(x.tiles() + y.tiles(), parallel, [&](int64_t task) {
-    const int side = task < x.tiles() ? 0 : 1;
-    const int64_t tile = side == 0 ? task : task - x.tiles();
-    (side == 0 ? x : y).pack(tile);
-    run(side, tile);
+    const bool of_x = task < x.tiles();
+    (of_x ? x : y).pack(of_x ? task : task - x.tiles());
   });
 }
 
@@ -80,8 +77,9 @@ struct Tile {
   void* gradient_b;  // the same; of bfloat16 [padded_rows / 2, ld, 2]
 };
 
-// Of the gradient: G y in rows, [column group][n, depth], and its transpose times x in columns,
-// [row group][column tile][depth, column_tile]. Packed rows were multiplied, factors were not.
+// Of the gradient by the logits, G: G y in rows, [column group][n, depth], and its transpose times
+// x in columns, [row group][column tile][depth, column_tile]; of packed rows, whose factors are in
+// G.
 class GradientSums {
  public:
   GradientSums(const TileGrid& grid, int64_t depth, bool rows, bool columns);

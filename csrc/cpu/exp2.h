@@ -1,9 +1,9 @@
 // Powers of two that vectorize: round the exponent by adding a large number, take the fraction's
 // power by a polynomial, and put the integer into the exponent bits. Relative error below 1.5e-7,
-// whatever the size of the exponent; results below 2^-126 are 0. Included by kernels only, after
-// convert.h.
+// whatever the size of the exponent; results below 2^-126 are 0. Included by kernels only.
 #pragma once
 
+#include "convert.h"
 #include "multiply_add.h"
 
 namespace m2ae::cpu {

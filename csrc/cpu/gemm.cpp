@@ -90,6 +90,7 @@ struct Found {
     float32 = may && supports(Operand::kFloat32) ? find<Brgemm<float>>(kFloat32) : nullptr;
     bfloat16 = may && supports(Operand::kBFloat16) ? find<Brgemm<BFloat16>>(kBFloat16) : nullptr;
     if (float32 != nullptr && !multiplies(float32)) float32 = nullptr;
+    if (bfloat16 != nullptr && !multiplies(bfloat16)) bfloat16 = nullptr;
   }
 };
 
@@ -98,14 +99,17 @@ const Found& found() {
   return found;
 }
 
+// `group`: how many rows of B lie in turn.
+template <typename T>
 void plain_gemm(
     int64_t M,
     int64_t N,
     int64_t K,
-    const float* a,
+    const T* a,
     int64_t lda,
-    const float* b,
+    const T* b,
     int64_t ldb,
+    int64_t group,
     bool add,
     float* c,
     int64_t ldc) {
@@ -114,7 +118,8 @@ void plain_gemm(
     if (!add) std::fill_n(row, N, 0.0f);
     for (int64_t k = 0; k < K; ++k) {
       const float factor = a[i * lda + k];
-      for (int64_t j = 0; j < N; ++j) row[j] += factor * b[k * ldb + j];
+      const T* const of_b = b + k / group * group * ldb + k % group;
+      for (int64_t j = 0; j < N; ++j) row[j] += factor * float(of_b[j * group]);
     }
   }
 }
@@ -122,7 +127,7 @@ void plain_gemm(
 }  // namespace
 
 bool has_bfloat16_gemm() {
-  return found().bfloat16 != nullptr && multiplies(found().bfloat16);
+  return found().bfloat16 != nullptr;
 }
 
 void gemm(
@@ -139,7 +144,11 @@ void gemm(
     int64_t ldc) {
   if (operand == Operand::kBFloat16) {
     const auto *x = static_cast<const BFloat16*>(a), *y = static_cast<const BFloat16*>(b);
-    found().bfloat16(M, N, K, lda, ldb, ldc, add, x, y, c, true);
+    try {
+      found().bfloat16(M, N, K, lda, ldb, ldc, add, x, y, c, true);
+    } catch (...) {  // since the first call, torch was told to do without oneDNN
+      plain_gemm(M, N, K, x, lda, y, ldb, 2, add, c, ldc);
+    }
     return;
   }
   const auto *x = static_cast<const float*>(a), *y = static_cast<const float*>(b);
@@ -151,7 +160,7 @@ void gemm(
     const float one = 1, beta = add ? 1 : 0;
     found().sgemm("N", "N", &n, &m, &k, &one, y, &ld_b, x, &ld_a, &beta, c, &ld_c);
   } else {
-    plain_gemm(M, N, K, x, lda, y, ldb, add, c, ldc);
+    plain_gemm(M, N, K, x, lda, y, ldb, 1, add, c, ldc);
   }
 }
 

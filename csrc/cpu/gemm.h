@@ -18,7 +18,7 @@ inline int64_t bytes_of(Operand operand) {
   return operand == Operand::kFloat32 ? 4 : 2;
 }
 
-// False also where torch was told to do without oneDNN, so ask in each op.
+// The same in a process from the first call on, so that a backward finds what its forward left.
 bool has_bfloat16_gemm();
 
 // C [M, N] = A B, or += if add. A [M, K]; B [K, N], but as [K / 2, N, 2] of bfloat16: two rows in

@@ -291,7 +291,7 @@ Outputs info_nce_loss_cpu(
       packed_side(query, pairs.queries, operand, grid.row_tile, normalize, eps, q.rnorm, false);
   PackedRows y =
       packed_side(key, pairs.keys, operand, grid.column_tile, normalize, eps, k.rnorm, true);
-  pack_both(x, y, grid.workers() > 1, [](int, int64_t) {});
+  pack_both(x, y, grid.workers() > 1);
   const Forward forward(pairs, grid, x, y, scale, symmetric, ranks);
   forward.add_tiles(kept.numel() == 0 ? nullptr : kept.mutable_data_ptr<float>());
   forward.write_queries(q);

@@ -55,7 +55,7 @@ class Backward {
         y_(y),
         unit_(unit),
         coefficient_(pairs.same_id == kSameIdPositive ? 0 : grid.rows) {
-    pack_both(x, y, parallel(), [](int, int64_t) {});
+    pack_both(x, y, parallel());
     range_ = nce_range(scale, x, y);
     if (fill_shares()) return;
     // Statistics from elsewhere, of rows longer than any here.

@@ -42,7 +42,7 @@ class SiglipLoss {
         y_(texts, pairs_.keys, operand_, tile_of(grid_.column_tile), of_texts, y_forms(needs)),
         weight_(pairs_.queries.count),
         loss_(pairs_.queries.count) {
-    pack_both(x_, y_, is_parallel(), [](int, int64_t) {});
+    pack_both(x_, y_, is_parallel());
   }
 
   const PresentRows& queries() const { return pairs_.queries; }

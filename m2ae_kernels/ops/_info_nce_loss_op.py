@@ -94,14 +94,21 @@ call = torch.ops.m2ae_kernels.info_nce_loss.default
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     tensors, options = inputs[:8], inputs[8:]
     ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)  # zeros for `kept` would be N x M
     ctx.save_for_backward(*tensors, *output[2:10], output[12])
     ctx.options = (*options[:7], *options[9:])  # all but ranks and keep
 
 
-def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    needed = ctx.needs_input_grad[:3]
+def _backward(
+    ctx: Any, grad_q: Tensor | None, grad_k: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
+    needed, saved = ctx.needs_input_grad[:3], ctx.saved_tensors
+    of_rows = (
+        torch.zeros_like(neg) if grad is None else grad
+        for grad, neg in zip((grad_q, grad_k), saved[8:10], strict=True)
+    )
     grads = torch.ops.m2ae_kernels.info_nce_loss_backward(
-        grad_q, grad_k, *ctx.saved_tensors, *ctx.options, list(needed)
+        *of_rows, *saved, *ctx.options, list(needed)
     )
     grads = (grad if need else None for grad, need in zip(grads, needed, strict=True))
     return *grads, *(None,) * 16
