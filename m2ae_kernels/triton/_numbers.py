@@ -38,6 +38,24 @@ def exp_of(x):
 
 
 @triton.jit
+def exp_of_minus(x, INTERPRETED: tl.constexpr):
+    """exp(-x) for x >= 0, right to the last digits of float32, in a few instructions.
+
+    What the exponent to base 2 loses in rounding, a fused multiply-add finds again; the interpreter
+    has none, and takes float64.
+    """
+    x = tl.minimum(x, 126.0, propagate_nan=tl.PropagateNan.ALL)  # exp(-126) is 0
+    power = x * LOG2E
+    if INTERPRETED:
+        lost = (x.to(tl.float64) - power.to(tl.float64) * LN2).to(tl.float32)
+    else:
+        lost = tl.fma(power, -0.693147182464599609375, x)
+        lost = tl.fma(power, 1.904654299957767878541e-9, lost)
+    approximate = tl.exp2(-power)
+    return approximate - approximate * lost
+
+
+@triton.jit
 def log1p_exp(x):
     """log(1 + exp(x)), with all digits also where it is small."""
     small = exp_of(-tl.abs(x))

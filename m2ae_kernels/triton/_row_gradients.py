@@ -32,14 +32,6 @@ class Pairs(NamedTuple):
     weight: Tensor | None = None  # float32 [N]; None: none is added
 
 
-class Wanted(NamedTuple):
-    """What to make: gradients of x and of y, in which dtype, and row dots."""
-
-    x: torch.dtype | None
-    y: torch.dtype | None
-    dots: bool
-
-
 def rows_of_chunk(tile: Tile, x: Tensor, M: int, workspace: int) -> int:
     """How many rows a chunk has: what the workspace holds, but a tile's at least."""
     N, D = x.shape
@@ -66,43 +58,41 @@ def gradients_of_rows(
     pairs: Pairs,
     scale: Tensor,  # []
     state: Tensor,  # int32, bits of the float32 that the gradients of logits were divided by
-    wanted: Wanted,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # [N, D], [M, D], [M]
-    """Gradients of x and y as they were given; row dots, whose sum is the gradient of the scale."""
+    dtypes: tuple[torch.dtype | None, torch.dtype | None],  # of the gradients; None: not needed
+) -> tuple[Tensor | None, Tensor | None]:  # [N, D], [M, D]
+    """Gradients of x and y as they were given."""
     (N, D), M, extra = x.shape, len(y), extra_of(x)
-    # Row dots of y, always: gradients of the scale then do not depend on what else is wanted.
-    by_columns = wanted.y is not None or wanted.dots
-    one_block = rows.blocks["BLOCK_D"] >= D
-    options = {"ONE_BLOCK": one_block, **rows.blocks}
+    dtype_x, dtype_y = dtypes
     common = (pairs.weight, scale, state)
     numbers = (N, D, pairs.offset, rows.max_rnorm, extra)
-    dots = torch.empty(M, dtype=torch.float32, device=x.device) if wanted.dots else None
-    dx = None if wanted.x is None else torch.empty_like(x, dtype=wanted.x)
+    dx = None if dtype_x is None else torch.empty_like(x, dtype=dtype_x)
     dy = total = None
-    matrix = x.new_empty((chunk, _pitch(M)))
+    matrix = None if dtype_x is None and dtype_y is None else x.new_empty((chunk, _pitch(M)))
     for first in range(0, N, chunk):
         length = min(chunk, N - first)
+        if matrix is None:
+            fill(first, length, None, _pitch(M))
+            continue
         part = matrix[:length, :M]
         fill(first, length, over.output(part), _pitch(M))
-        if wanted.x is not None:
+        if dtype_x is not None:
             row_gradients_kernel[(triton.cdiv(length, rows.blocks["ROWS"]),)](
                 product(part, y), x, y, *rows.rnorms, rows.query_mask,
-                pairs.column, None, None, *common, dx, None,
-                first, length, *numbers, BY_COLUMN=False, **options,
+                pairs.column, None, None, *common, dx,
+                first, length, *numbers, BY_COLUMN=False, **rows.blocks,
             )  # fmt: skip
-        if by_columns:
+        if dtype_y is not None:
             total = add_product(total, part.mT, x[first : first + length])
     if total is not None:
         del matrix, part  # to make room
-        if wanted.y is not None:
-            in_place = one_block and wanted.y == total.dtype  # a program reads a row, then writes
-            dy = total if in_place else torch.empty_like(y, dtype=wanted.y)
+        # In place if it can be: a program reads a block of its rows before it writes that block.
+        dy = total if dtype_y == total.dtype else torch.empty_like(y, dtype=dtype_y)
         row_gradients_kernel[(triton.cdiv(M, rows.blocks["ROWS"]),)](
             total, y, x, *rows.rnorms[::-1], rows.key_mask,
-            pairs.column, pairs.starts, pairs.order, *common,
-            dy, dots, 0, M, *numbers, BY_COLUMN=True, **options,
+            pairs.column, pairs.starts, pairs.order, *common, dy,
+            0, M, *numbers, BY_COLUMN=True, **rows.blocks,
         )  # fmt: skip
-    return dx, dy, dots
+    return dx, dy
 
 
 @triton.jit
@@ -159,8 +149,7 @@ def row_gradients_kernel(
     weight_ptr,  # float32 [N], by which each query and its target are added; None: not at all
     scale_ptr,  # []
     largest_ptr,  # float32 [], by its bits: what the gradients of logits were divided by
-    grad_ptr,  # out, [., D], or None
-    dots_ptr,  # out, float32 [.], the row's share in the gradient of the scale; or None
+    grad_ptr,  # out, [., D]
     first,  # row of this chunk
     rows,  # in this chunk
     N,
@@ -169,7 +158,6 @@ def row_gradients_kernel(
     max_rnorm,  # 1 / eps
     extra,  # what the gradients of logits were multiplied with
     BY_COLUMN: tl.constexpr,  # this side is the keys
-    ONE_BLOCK: tl.constexpr,  # D <= BLOCK_D
     INTERPRETED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -198,38 +186,30 @@ def row_gradients_kernel(
             begin = tl.load(column_ptr + row, mask=present, other=-1).to(tl.int64)
             end = tl.where(begin < 0, begin, begin + 1)
 
-    dot = tl.zeros([ROWS], tl.float32)
-    total = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    x = total
+    along = tl.zeros([ROWS], tl.float32)
+    if own_rnorm_ptr is not None:
+        for start in range(0, D, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            ok = present[:, None] & (d < D)[None, :]
+            total = _gradient_by(
+                d, ok, local, row, sums_ptr, unscale, other_ptr, other_rnorm_ptr, order_ptr,
+                weight_ptr, begin, end, D, BY_COLUMN, INTERPRETED,
+            )  # fmt: skip
+            x = tl.load(own_ptr + row.to(tl.int64)[:, None] * D + d[None, :], mask=ok, other=0.0)
+            along += tl.sum(total * (float32_of(x, INTERPRETED) * own_factor[:, None]), axis=1)
+        # A norm below eps is no function of the row.
+        along = tl.where(rnorm < max_rnorm, along, 0.0)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         ok = present[:, None] & (d < D)[None, :]
-        total = _gradient_by(
+        at = row.to(tl.int64)[:, None] * D + d[None, :]
+        grad = _gradient_by(
             d, ok, local, row, sums_ptr, unscale, other_ptr, other_rnorm_ptr, order_ptr,
             weight_ptr, begin, end, D, BY_COLUMN, INTERPRETED,
         )  # fmt: skip
-        at = row.to(tl.int64)[:, None] * D + d[None, :]
-        x = float32_of(tl.load(own_ptr + at, mask=ok, other=0.0), INTERPRETED) * own_factor[:, None]
-        dot += tl.sum(total * x, axis=1)
-    if dots_ptr is not None:
-        tl.store(dots_ptr + row, dot, mask=in_chunk)
-    if grad_ptr is not None:
-        # A norm below eps is no function of the row.
-        along = tl.where(rnorm < max_rnorm, scale * dot, 0.0)
-        for start in range(0, D, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
-            at = row.to(tl.int64)[:, None] * D + d[None, :]
-            if not ONE_BLOCK:
-                ok = present[:, None] & (d < D)[None, :]
-                total = _gradient_by(
-                    d, ok, local, row, sums_ptr, unscale, other_ptr, other_rnorm_ptr, order_ptr,
-                    weight_ptr, begin, end, D, BY_COLUMN, INTERPRETED,
-                )  # fmt: skip
-                x = float32_of(tl.load(own_ptr + at, mask=ok, other=0.0), INTERPRETED)
-                x = x * own_factor[:, None]
-            grad = scale * total
-            if own_rnorm_ptr is not None:
-                grad = (grad - x * along[:, None]) * rnorm[:, None]
-            grad = tl.where(present[:, None], grad, 0.0)
-            grad = rounded_to(grad, grad_ptr.dtype.element_ty, INTERPRETED)
-            tl.store(grad_ptr + at, grad, mask=in_chunk[:, None] & (d < D)[None, :])
+        if own_rnorm_ptr is not None:
+            x = float32_of(tl.load(own_ptr + at, mask=ok, other=0.0), INTERPRETED)
+            grad = (grad - x * own_factor[:, None] * along[:, None]) * rnorm[:, None]
+        grad = tl.where(present[:, None], scale * grad, 0.0)
+        grad = rounded_to(grad, grad_ptr.dtype.element_ty, INTERPRETED)
+        tl.store(grad_ptr + at, grad, mask=in_chunk[:, None] & (d < D)[None, :])

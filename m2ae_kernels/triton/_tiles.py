@@ -39,10 +39,10 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
 
     def output(self, matrix: Tensor) -> Tensor | TensorDescriptor:
-        """`matrix`, [rows, columns], as a kernel stores tiles of it."""
+        """`matrix`, [rows, columns], as a kernel stores half tiles of it."""
         if not self.constants["BY_DESCRIPTOR"]:
             return matrix
-        return TensorDescriptor.from_tensor(matrix, [self.block_m, self.block_n])
+        return TensorDescriptor.from_tensor(matrix, [self.block_m, self.block_n // 2])
 
     def grid(self, rows: int, columns: int) -> tuple[int]:
         """One program per tile, or as many as run at once."""
@@ -142,6 +142,13 @@ def product(
             b = float32_of(b, True)
         dots = tl.dot(a, b.T, dots, input_precision=PRECISION)
     return dots
+
+
+@triton.jit
+def halves_of(dots):
+    """The left and the right half of a tile, so that what follows takes half of the registers."""
+    dots = tl.reshape(dots, (dots.shape[0], 2, dots.shape[1] // 2))
+    return tl.split(tl.permute(dots, (0, 2, 1)))
 
 
 @triton.jit

@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from m2ae_kernels.triton import _info_nce_loss_gradients as gradients
+from m2ae_kernels.triton import _info_nce_loss_sides as sides
 from m2ae_kernels.triton import _info_nce_loss_statistics as statistics
 from m2ae_kernels.triton import _info_nce_loss_sums as sums
 from m2ae_kernels.triton._device import on_device
@@ -21,7 +22,6 @@ from m2ae_kernels.triton._float64 import reference_for_float64
 from m2ae_kernels.triton._products import precision_of_products
 from m2ae_kernels.triton._row_gradients import (
     Pairs,
-    Wanted,
     extra_of,
     gradients_of_rows,
     rows_of_chunk,
@@ -31,32 +31,44 @@ from m2ae_kernels.triton._tiles import Tile, is_diagonal, launch
 
 # Tiles by kind of product and major compute capability, 0 being the interpreter; rows of an odd
 # kind are no multiples of 16 bytes. None of them has been timed on a GPU: registers and shared
-# memory chose them (tests/test_triton.py shows both). STATISTICS and GRADIENTS are for the
-# plain loss of normalized features; SELECTING for any mask, target, ids or normalization; COUNTING
-# for ranks or several positives, which take the most registers. In STATISTICS tall tiles, because a
-# sum over columns costs shuffles for every column of a tile.
+# memory chose them (tests/test_triton.py shows both). The first two are for the plain loss of
+# normalized features, those SELECTING for any mask, target, ids or normalization, and COUNTING for
+# ranks or several positives, which take the most registers. In STATISTICS tall tiles, because a sum
+# over columns costs shuffles for every column of a tile.
 INTERPRETED = Tile(32, 64, 32, warps=4, stages=1, group=2)
-SELECTING = {
+STATISTICS_SELECTING = {
     ("16-bit", 0): INTERPRETED,
-    ("odd 16-bit", 0): INTERPRETED,
-    ("odd 16-bit", 8): Tile(64, 128, 32, warps=8, stages=2),
     ("16-bit", 8): Tile(128, 128, 64, warps=8, stages=3),
     ("16-bit", 9): Tile(128, 128, 64, warps=8, stages=4),
-    ("16-bit", 10): Tile(128, 128, 64, warps=8, stages=4),
+    ("16-bit", 10): Tile(128, 64, 64, warps=8, stages=4),
     ("16-bit", 12): Tile(128, 128, 64, warps=8, stages=2),
+    ("odd 16-bit", 0): INTERPRETED,
+    ("odd 16-bit", 8): Tile(64, 32, 32, warps=8, stages=2),
     ("tf32", 0): INTERPRETED,
     ("tf32", 8): Tile(128, 128, 32, warps=8, stages=3),
     ("float32", 0): INTERPRETED,
-    ("float32", 8): Tile(64, 64, 32, warps=8, stages=3),
+    ("float32", 8): Tile(32, 64, 32, warps=4, stages=3),
+    ("float32", 10): Tile(32, 32, 32, warps=4, stages=3),
 }
-STATISTICS = SELECTING | {("16-bit", 9): Tile(256, 128, 64, warps=8, stages=3)}
-GRADIENTS = SELECTING | {("16-bit", 9): Tile(128, 256, 64, warps=8, stages=3)}
-COUNTING = SELECTING | {
+STATISTICS = STATISTICS_SELECTING | {
+    ("16-bit", 9): Tile(256, 128, 64, warps=8, stages=3),
+    ("16-bit", 10): Tile(128, 128, 64, warps=8, stages=4, flatten=False),
+}
+GRADIENTS_SELECTING = STATISTICS_SELECTING | {
+    ("16-bit", 8): Tile(64, 128, 64, warps=8, stages=3),
+    ("16-bit", 12): Tile(64, 128, 64, warps=8, stages=2),
+    ("16-bit", 10): Tile(128, 128, 64, warps=8, stages=3, flatten=False),
+}
+GRADIENTS = STATISTICS_SELECTING | {
+    ("16-bit", 9): Tile(128, 256, 64, warps=8, stages=3),
+    ("16-bit", 10): Tile(128, 128, 64, warps=8, stages=4, flatten=False),
+}
+COUNTING = STATISTICS_SELECTING | {
     ("16-bit", 8): Tile(64, 128, 64, warps=8, stages=3),
     ("16-bit", 9): Tile(64, 128, 64, warps=8, stages=3),
-    ("16-bit", 10): Tile(64, 128, 64, warps=8, stages=3),
+    ("16-bit", 10): Tile(64, 64, 64, warps=8, stages=3),
     ("16-bit", 12): Tile(64, 128, 64, warps=8, stages=2),
-    ("tf32", 8): Tile(64, 64, 32, warps=4, stages=3),
+    ("tf32", 8): Tile(64, 32, 32, warps=8, stages=3),
 }
 
 PARTS = 128 << 20  # bytes of sums over tiles in forward, within the workspace
@@ -131,7 +143,7 @@ def info_nce_loss(
                 BLOCK_J=block_j, BLOCK_Q=block_q,
             )  # fmt: skip
         diagonal = is_diagonal(target, query_mask, key_mask, same_id) and not ranks
-        table = STATISTICS if diagonal and not normalize else SELECTING
+        table = STATISTICS if diagonal and not normalize else STATISTICS_SELECTING
         table = COUNTING if ranks or same_id == 2 else table
         tile, over = launch(table, x, y, allow_tf32)
 
@@ -231,35 +243,51 @@ def info_nce_loss_backward(
             of_columns = torch.empty(planes, M, **floats)
             given_k = contiguous(grad_k, neg_k, pos_k, num_k)
             blocks += triton.cdiv(M, BLOCK_SIDES)
-        gradients.sides_kernel[(blocks,)](
-            *given_q, *given_k, target, rows.query_mask, rows.key_mask,
-            state, column, dpos, of_rows, of_columns, N, M, target_offset, ignore_index,
+        pairing = (target, rows.query_mask, rows.key_mask)
+        sides.sides_kernel[(blocks,)](
+            *given_q, *given_k, *pairing, state, column, dpos, of_rows, of_columns,
+            N, M, target_offset, ignore_index,
             SAME_ID=same_id, EXCLUDE_SELF=exclude_self, BLOCK=BLOCK_SIDES,
         )  # fmt: skip
+        similarity = shares = None
+        if need_scale:
+            shares = torch.empty(N, **floats)
+            if not several:
+                similarity = torch.empty(N, **floats)
+                similarity_kernel[(triton.cdiv(N, rows.blocks["ROWS"]),)](
+                    x, y, *rows.rnorms, *pairing, column, similarity, N, M, x.shape[1],
+                    target_offset, ignore_index, EXCLUDE_SELF=exclude_self, **rows.blocks,
+                )  # fmt: skip
 
         diagonal = is_diagonal(target, query_mask, key_mask, same_id)
-        table = GRADIENTS if diagonal and not normalize else SELECTING
+        table = GRADIENTS if diagonal and not normalize else GRADIENTS_SELECTING
         tile, over = launch(COUNTING if several else table, x, y, allow_tf32)
+        column_tiles = triton.cdiv(M, tile.block_n)
 
         def fill(first: int, length: int, out: Any, pitch: int) -> None:
+            parts = None if shares is None else torch.empty(column_tiles, length, **floats)
             gradients.gradient_kernel[over.grid(length, M)](
                 over.x, over.y, out, logit_scale, state, column, rows.key_mask,
-                query_ids, key_ids, *rows.rnorms, of_rows, of_columns,
+                query_ids, key_ids, *rows.rnorms, of_rows, of_columns, parts,
                 first, length, N, M, x.shape[1], pitch, target_offset, extra_of(x),
                 SAME_ID=same_id, EXCLUDE_SELF=exclude_self, DIAGONAL=diagonal, **over.constants,
             )  # fmt: skip
+            if shares is not None:
+                sides.shares_kernel[(triton.cdiv(length, BLOCK),)](
+                    parts, dpos, similarity, state, shares, first, length, column_tiles,
+                    extra_of(x), BLOCK=BLOCK, TILES=TILES,
+                )  # fmt: skip
 
-        by_target = target if (need_key or need_scale) and not several else None
+        by_target = target if need_key and not several else None
         pairs = Pairs(column, *queries_by_column(column, by_target, M), target_offset, dpos)
-        wanted = Wanted(
-            query.dtype if need_query else None, key.dtype if need_key else None, need_scale
-        )
+        dtypes = (query.dtype if need_query else None, key.dtype if need_key else None)
         chunk = rows_of_chunk(tile, x, M, workspace)
-        dquery, dkey, dots = gradients_of_rows(
-            fill, rows, x, y, chunk, over, pairs, logit_scale, state, wanted
+        dquery, dkey = gradients_of_rows(
+            fill, rows, x, y, chunk, over, pairs, logit_scale, state, dtypes
         )
+        dscale = None if shares is None else shares.sum().to(logit_scale.dtype)
     return (
         query.new_empty(0) if dquery is None else dquery,
         key.new_empty(0) if dkey is None else dkey,
-        logit_scale.new_empty(0) if dots is None else dots.sum().to(logit_scale.dtype),
+        logit_scale.new_empty(0) if dscale is None else dscale,
     )

@@ -18,7 +18,6 @@ from m2ae_kernels.triton._float64 import reference_for_float64
 from m2ae_kernels.triton._products import precision_of_products
 from m2ae_kernels.triton._row_gradients import (
     Pairs,
-    Wanted,
     extra_of,
     gradients_of_rows,
     rows_of_chunk,
@@ -34,25 +33,25 @@ from m2ae_kernels.triton._tiles import Tile, is_diagonal, launch
 INTERPRETED = Tile(32, 64, 32, warps=4, stages=1, group=2)
 SELECTING = {
     ("16-bit", 0): INTERPRETED,
-    ("odd 16-bit", 0): INTERPRETED,
-    ("odd 16-bit", 8): Tile(64, 128, 32, warps=8, stages=2),
     ("16-bit", 8): Tile(64, 128, 64, warps=8, stages=3),
     ("16-bit", 9): Tile(64, 128, 64, warps=8, stages=3),
     ("16-bit", 10): Tile(64, 128, 64, warps=8, stages=3),
     ("16-bit", 12): Tile(64, 128, 64, warps=8, stages=2),
+    ("odd 16-bit", 0): INTERPRETED,
+    ("odd 16-bit", 8): Tile(64, 32, 32, warps=8, stages=2),
     ("tf32", 0): INTERPRETED,
-    ("tf32", 8): Tile(64, 128, 32, warps=8, stages=3),
+    ("tf32", 8): Tile(64, 32, 32, warps=8, stages=3),
     ("float32", 0): INTERPRETED,
-    ("float32", 8): Tile(64, 64, 32, warps=8, stages=3),
+    ("float32", 8): Tile(32, 64, 32, warps=4, stages=3),
 }
 PLAIN = SELECTING | {
     ("16-bit", 8): Tile(128, 128, 64, warps=8, stages=3),
-    ("16-bit", 9): Tile(128, 256, 64, warps=8, stages=3),
-    ("16-bit", 10): Tile(128, 128, 64, warps=8, stages=4),
-    ("16-bit", 12): Tile(128, 128, 64, warps=8, stages=2),
+    ("16-bit", 9): Tile(256, 128, 64, warps=8, stages=3),
+    ("16-bit", 10): Tile(128, 64, 64, warps=8, stages=4),
+    ("16-bit", 12): Tile(128, 64, 64, warps=8, stages=2),
+    ("tf32", 8): Tile(128, 64, 32, warps=8, stages=3),
 }
 
-LOSSES = 64 << 20  # bytes of losses over tiles where no gradients are made, within the workspace
 BLOCK = 128  # rows of a program that adds up tiles
 BLOCK_ROWS = 1024  # rows of a program that reads weights
 ADDED = 16  # tiles that are added up at once
@@ -177,12 +176,13 @@ def _run(
         tile, over = launch(table, x, y, allow_tf32)
         column_tiles = triton.cdiv(M, tile.block_n)
         losses = torch.empty(N if with_losses else 0, **floats)
-        biases = torch.empty(N if need_bias else 0, **floats)
+        biases = torch.empty(N, **floats) if need_bias else None
+        shares = torch.empty(N, **floats) if need_scale else None
 
         def fill(first: int, length: int, out: Any, pitch: int) -> None:
             parts = [
                 torch.empty(column_tiles, length, **floats) if wanted else None
-                for wanted in (with_losses, need_bias)
+                for wanted in (with_losses, need_bias, need_scale)
             ]
             siglip_kernel[over.grid(length, M)](
                 over.x, over.y, out, logit_scale, logit_bias, state, column, row,
@@ -191,26 +191,18 @@ def _run(
                 SAME_ID=same_id, DIAGONAL=diagonal, **over.constants,
             )  # fmt: skip
             weigh_kernel[(triton.cdiv(length, BLOCK),)](
-                *parts, row, losses, biases, first, length, column_tiles,
+                *parts, row, losses, biases, shares, first, length, column_tiles,
                 BLOCK=BLOCK, TILES=ADDED,
             )  # fmt: skip
 
-        wanted = Wanted(
-            dtypes[0] if need_image else None, dtypes[1] if need_text else None, need_scale
-        )
-        dimage = dtext = dots = None
-        if need_image or need_text or need_scale:
+        made: list[Tensor | None] = [None, None]
+        if with_losses or any(needed):
             chunk = rows_of_chunk(tile, x, M, workspace)
-            dimage, dtext, dots = gradients_of_rows(
-                fill, rows, x, y, chunk, over, Pairs(column), logit_scale, state, wanted
+            given = (dtypes[0] if need_image else None, dtypes[1] if need_text else None)
+            made[:] = gradients_of_rows(
+                fill, rows, x, y, chunk, over, Pairs(column), logit_scale, state, given
             )
-        elif with_losses or need_bias:
-            of_tiles = max(min(workspace, LOSSES) // (8 * max(column_tiles, 1) * tile.block_m), 1)
-            chunk = of_tiles * tile.block_m
-            for first in range(0, N, chunk):
-                fill(first, min(chunk, N - first), None, 16)
-    made = [dimage, dtext, dots, biases if need_bias else None]
-    made[2:] = [None if sums is None else sums.sum() for sums in made[2:]]
+        made += [None if sums is None else sums.sum() for sums in (shares, biases)]
     grads = zip(inputs, made, dtypes, strict=True)
     return losses, *(_shaped(t, grad, dtype) for t, grad, dtype in grads)
 
