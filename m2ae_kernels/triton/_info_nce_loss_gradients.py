@@ -109,9 +109,9 @@ def _store_gradients(
             gradient += grad[None, :] * tl.exp2(dots * scale - log_sum[None, :])
     if DIAGONAL:
         start = first + i0 + offset
-        if (start < j0 + WIDTH) & (start + BLOCK_M > j0):
+        if ((start < j0 + WIDTH) & (start + BLOCK_M > j0)) | (j0 + WIDTH > M):
+            # Beyond M the products are 0, and the gradients anything.
             gradient = tl.where((i + offset)[:, None] != j[None, :], gradient, 0.0)
-        if j0 + WIDTH > M:  # beyond, the products are 0 and the gradients anything
             gradient = tl.where(in_range[None, :], gradient, 0.0)
     else:
         column = tl.load(column_ptr + i, mask=in_chunk, other=-2)

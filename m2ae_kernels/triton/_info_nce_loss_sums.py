@@ -89,15 +89,21 @@ def _sum_tiles(
 @triton.jit
 def _is_lost(parts_ptr, tiles, width, lane, present, SAME_ID: tl.constexpr, TILES: tl.constexpr):
     """Whether a sum relative to the common reference came out too small to be right."""
-    zero = tl.zeros(lane.shape, tl.float32)
     plane = tiles.to(tl.int64) * width
-    total = sum_over_tiles(parts_ptr, tiles, width, lane, present, zero, TILES)
-    lost = present & (total < SMALLEST)
-    if SAME_ID == 2:
-        total = sum_over_tiles(parts_ptr + 3 * plane, tiles, width, lane, present, zero, TILES)
-        number = sum_over_tiles(parts_ptr + 6 * plane, tiles, width, lane, present, zero, TILES)
-        lost = lost | (present & (number > 0) & (total < SMALLEST))
-    return tl.max(lost.to(tl.int32), axis=0)
+    negatives = tl.zeros(lane.shape, tl.float32)
+    positives = tl.zeros(lane.shape, tl.float32)
+    number = tl.zeros(lane.shape, tl.float32)
+    # One loop for all three: of three loops in a row, Triton 3.6 makes invalid code.
+    for start in range(0, tiles, TILES):
+        tile = start + tl.arange(0, TILES)
+        inside = (tile < tiles)[:, None] & present[None, :]
+        at = parts_ptr + tile.to(tl.int64)[:, None] * width + lane[None, :]
+        negatives += tl.sum(tl.load(at, mask=inside, other=0.0), axis=0)
+        if SAME_ID == 2:
+            positives += tl.sum(tl.load(at + 3 * plane, mask=inside, other=0.0), axis=0)
+            number += tl.sum(tl.load(at + 6 * plane, mask=inside, other=0.0), axis=0)
+    lost = (negatives < SMALLEST) | ((number > 0) & (positives < SMALLEST))
+    return tl.max((present & lost).to(tl.int32), axis=0)
 
 
 @triton.jit(do_not_specialize=["first", "rows", "M", "row_tiles", "column_tiles"])

@@ -28,19 +28,17 @@ def precision_of_products(x: Tensor, allow_tf32: bool) -> Iterator[None]:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` in float32."""
-    if a.dtype == torch.float32:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()  # out_dtype is for CUDA
+    if not a.is_cuda:  # the kernels are interpreted; out_dtype is for CUDA
+        return (a.double() @ b.double()).float()
+    return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
 
 
 def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """`total + a @ b` in float32; in place, if there is a total."""
     if total is None:
         return product(a, b)
+    if not a.is_cuda:
+        return total.add_(product(a, b))
     if a.dtype == torch.float32:
         return total.addmm_(a, b)
-    if a.is_cuda:
-        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    return total.addmm_(a.float(), b.float())
+    return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)

@@ -17,9 +17,9 @@ from m2ae_kernels.triton._device import is_interpreted
 from m2ae_kernels.triton._numbers import float32_of, mantissa, power_of_two, rounded_to
 
 BLOCK_D = 2048  # features that a program steps by, at most
-NUMBERS = 1024  # that a program holds of its rows at once
-INTERPRETED_BLOCK_D = 32
-INTERPRETED_NUMBERS = 1024
+NUMBERS = 512  # that a program holds of its rows at once, if they are short; more spilled
+ROWS = 8  # that a program owns, at most
+INTERPRETED = {"BLOCK_D": 32, "NUMBERS": 1024, "ROWS": 32}  # fewer programs, several steps
 
 
 class Rows:
@@ -66,13 +66,11 @@ class Rows:
 
 def _blocks(D: int, interpreted: bool) -> dict[str, Any]:
     """How many rows a program owns, and how it steps through their features."""
-    block, numbers = (
-        (INTERPRETED_BLOCK_D, INTERPRETED_NUMBERS) if interpreted else (BLOCK_D, NUMBERS)
-    )
-    block = min(triton.next_power_of_2(D), block)
+    most = INTERPRETED if interpreted else {"BLOCK_D": BLOCK_D, "NUMBERS": NUMBERS, "ROWS": ROWS}
+    block = min(max(triton.next_power_of_2(D), 16), most["BLOCK_D"])
     return {
         "INTERPRETED": interpreted,
-        "ROWS": min(max(numbers // block, 1), 32),
+        "ROWS": min(max(most["NUMBERS"] // block, 1), most["ROWS"]),
         "BLOCK_D": block,
         "num_warps": 4,
     }
