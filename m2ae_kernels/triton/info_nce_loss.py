@@ -65,7 +65,7 @@ GRADIENTS = STATISTICS_SELECTING | {
 }
 COUNTING = STATISTICS_SELECTING | {
     ("16-bit", 8): Tile(64, 128, 64, warps=8, stages=3),
-    ("16-bit", 9): Tile(64, 128, 64, warps=8, stages=3),
+    ("16-bit", 9): Tile(64, 64, 64, warps=8, stages=3),
     ("16-bit", 10): Tile(64, 32, 64, warps=8, stages=3),
     ("16-bit", 12): Tile(64, 128, 64, warps=8, stages=2),
     ("tf32", 8): Tile(64, 32, 32, warps=8, stages=3),
@@ -73,7 +73,7 @@ COUNTING = STATISTICS_SELECTING | {
 
 PARTS = 128 << 20  # bytes of sums over tiles in forward, within the workspace
 BLOCK = 128  # rows or columns of a program that adds up tiles
-BLOCK_SIDES = 1024  # rows or columns of a program that reads statistics
+BLOCK_SIDES = 512  # rows or columns of a program that reads statistics
 TILES = 16  # that are added up at once
 BLOCK_J, BLOCK_Q = 8, 64  # columns of a program, and queries of each that are added up at once
 

@@ -34,8 +34,8 @@ INTERPRETED = Tile(32, 64, 32, warps=4, stages=1, group=2)
 SELECTING = {
     ("16-bit", 0): INTERPRETED,
     ("16-bit", 8): Tile(64, 128, 64, warps=8, stages=3),
-    ("16-bit", 9): Tile(64, 128, 64, warps=8, stages=3),
-    ("16-bit", 10): Tile(64, 128, 64, warps=8, stages=3),
+    ("16-bit", 9): Tile(128, 64, 64, warps=8, stages=3),
+    ("16-bit", 10): Tile(64, 32, 64, warps=8, stages=3),
     ("16-bit", 12): Tile(64, 128, 64, warps=8, stages=2),
     ("odd 16-bit", 0): INTERPRETED,
     ("odd 16-bit", 8): Tile(64, 32, 32, warps=8, stages=2),
