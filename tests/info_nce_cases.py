@@ -1,37 +1,10 @@
 """What the tests of info_nce_loss share: its definition in float64, and how close is close."""
 
-import os
-
-import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
 EPS = torch.finfo(torch.float32).eps
-np.seterr(all="ignore")  # the interpreter computes in NumPy, which warns of every infinity
-
-
-def interpreted():
-    """Whether this test runs Triton's interpreter, which takes half a second for a small call."""
-    return "[triton" in os.environ["PYTEST_CURRENT_TEST"] and not torch.cuda.is_available()
-
-
-def interpret_only(*cases):
-    """Of the cases of a test leave the interpreter these, by id; a GPU and the CPU have all."""
-    case = os.environ["PYTEST_CURRENT_TEST"].partition("[triton-")[2].partition("] (")[0]
-    if interpreted() and case not in cases:
-        pytest.skip("interpreted, as are other cases of this test")
-
-
-def fewer(cases, number=1):
-    """Of what a test goes through leave the interpreter the first ones."""
-    return list(cases)[:number] if interpreted() else list(cases)
-
-
-def skip_if_interpreted(why):
-    if interpreted():
-        pytest.skip(f"interpreted, {why}")
 
 
 def features(*sizes, D, device="cpu", dtype=torch.float32):

@@ -33,16 +33,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from info_nce_cases import (
-    assert_matches,
-    exact,
-    features,
-    fewer,
-    interpret_only,
-    interpreted,
-    number,
-    skip_if_interpreted,
-)
+from info_nce_cases import assert_matches, exact, features, number
+from interpreter import fewer, interpret_only, interpreted, skip_if_interpreted
 from torch.testing import assert_close
 
 # (N, M, D): around one vector, one tile of 16, 64, 128 and 256, and odd ones between

@@ -9,7 +9,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from info_nce_cases import EPS, assert_matches, exact, fewer, interpret_only, number
+from info_nce_cases import EPS, assert_matches, exact, number
+from interpreter import fewer, interpret_only
 from torch.testing import assert_close
 
 # scale: about how much 1 - p is then

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from info_nce_cases import assert_matches, features, fewer, interpret_only, number
+from info_nce_cases import assert_matches, features, number
+from interpreter import fewer, interpret_only
 from torch.testing import assert_close
 
 

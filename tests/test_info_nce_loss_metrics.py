@@ -4,7 +4,8 @@ import pickle
 
 import pytest
 import torch
-from info_nce_cases import entries, features, interpret_only, rounding, rows_of
+from info_nce_cases import entries, features, rounding, rows_of
+from interpreter import interpret_only
 from torch.testing import assert_close
 
 CASES = {

@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from info_nce_cases import EPS, assert_matches, exact, features, interpret_only, number
+from info_nce_cases import EPS, assert_matches, exact, features, number
+from interpreter import interpret_only
 from torch.testing import assert_close
 
 

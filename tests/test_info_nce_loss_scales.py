@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from info_nce_cases import EPS, assert_matches, exact, features, fewer, interpret_only, number
+from info_nce_cases import EPS, assert_matches, exact, features, number
+from interpreter import fewer, interpret_only
 from torch.testing import assert_close
 
 # 78: exp of the logits of rows of norm 1 still has a float32 relative to one common maximum; 78.3

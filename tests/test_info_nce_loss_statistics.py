@@ -7,17 +7,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from info_nce_cases import (
-    EPS,
-    entries,
-    exact,
-    features,
-    fewer,
-    interpret_only,
-    number,
-    rounding,
-    rows_of,
-)
+from info_nce_cases import EPS, entries, exact, features, number, rounding, rows_of
+from interpreter import fewer, interpret_only
 from torch import Tensor
 from torch.testing import assert_close
 

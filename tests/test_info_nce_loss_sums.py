@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from info_nce_cases import EPS, HALVES, exact, features, number, skip_if_interpreted
+from info_nce_cases import EPS, HALVES, exact, features, number
+from interpreter import skip_if_interpreted
 from torch.testing import assert_close
 
 from m2ae_kernels._library import served_by

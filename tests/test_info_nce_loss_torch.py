@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from info_nce_cases import features, interpret_only, number
+from info_nce_cases import features, number
+from interpreter import interpret_only
 from torch.library import opcheck
 from torch.testing import assert_close
 

@@ -5,15 +5,8 @@ import sys
 
 import pytest
 import torch
-from info_nce_cases import (
-    EPS,
-    features,
-    fewer,
-    interpret_only,
-    interpreted,
-    number,
-    skip_if_interpreted,
-)
+from info_nce_cases import EPS, features, number
+from interpreter import fewer, interpret_only, interpreted, skip_if_interpreted
 
 
 def saved_by(op, *inputs, **given):

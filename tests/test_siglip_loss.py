@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreter import interpret_only, interpreted
 from open_clip_loss import open_clip_loss
 from torch.testing import assert_close
 
@@ -106,6 +107,10 @@ def assert_matches(op, *inputs, **given):
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("N,M,D", SHAPES)
 def test_matches_binary_cross_entropy(N, M, D, normalize, reduction, impl):
+    interpret_only(
+        "1-1-1-True-mean", "3-7-5-False-none", "17-17-17-True-sum", "64-65-96-False-mean",
+        "129-255-40-True-none",
+    )  # fmt: skip
     op, device = impl
     inputs = *features(N, M, D=D, device=device), *numbers(10.0, -3.0, device=device)
     given = {"normalize": normalize, "reduction": reduction}
@@ -122,6 +127,9 @@ RAGGED += [(65, 66, 1152), (255, 256, 33), (513, 520, 16)]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("N,M,D", RAGGED)
 def test_ragged(N, M, D, dtype, impl):
+    interpret_only(
+        "16-63-384-torch.float16", "255-256-33-torch.bfloat16", "1025-15-31-torch.float32"
+    )
     op, device = impl
     inputs = *features(N, M, D=D, device=device, dtype=dtype), *numbers(10.0, -6.0, device=device)
     target = torch.randint(-1, M, (N,), device=device)
@@ -216,9 +224,10 @@ def test_nothing_to_learn_from(impl):
 
 def test_equal_rows(impl):
     op, device = impl
-    same = torch.full((1000, 8), 0.3, device=device)
+    N = 100 if interpreted() else 1000
+    same = torch.full((N, 8), 0.3, device=device)
     softplus = math.log1p(math.exp(0.72 * 3 - 5))
-    expected = 999 * softplus + softplus - (0.72 * 3 - 5)
+    expected = N * softplus - (0.72 * 3 - 5)
     assert_close(op(same, same, 3.0, -5.0), torch.tensor(expected, device=device))
     no_width = torch.empty(5, 0, device=device)
     expected = 4 * math.log1p(math.exp(-5)) + math.log1p(math.exp(5))

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreter import fewer, interpret_only, interpreted
 from test_siglip_loss import EPS, exact, features, numbers
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
@@ -119,7 +120,7 @@ def test_halves_that_converge(dtype, impl):
 def test_many_entries_are_summed_without_losing_small_ones(reduction, impl):
     op, device = impl
     # 4 million negatives of the same loss: a running float32 sum would be off by 1e-3.
-    N, M = 1000, 4000
+    N, M = (125, 1000) if interpreted() else (1000, 4000)
     images, texts = torch.full((N, 4), 0.25, device=device), torch.full((M, 4), 0.5, device=device)
     inputs = images.requires_grad_(), texts.requires_grad_(), *numbers(3.0, -7.1, device=device)
     loss, expected = op(*inputs, reduction=reduction), exact(*inputs, reduction=reduction)
@@ -131,13 +132,14 @@ def test_many_entries_are_summed_without_losing_small_ones(reduction, impl):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_workspace_decides_memory_and_not_the_result(dtype, reduction, impl):
+    interpret_only("torch.float32-none", "torch.bfloat16-mean")
     op, device = impl
     inputs = (
         *features(300, 700, D=24, device=device, dtype=dtype),
         *numbers(10.0, -5.0, device=device),
     )
     runs = []
-    for workspace in (0, 1 << 19, 1 << 30):
+    for workspace in fewer((0, 1 << 30, 1 << 19), 2):
         loss = op(*inputs, reduction=reduction, max_workspace_bytes=workspace)
         runs.append((loss, *torch.autograd.grad(loss.sum(), inputs)))
     for run in runs[1:]:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from interpreter import fewer
 from test_siglip_loss import features, numbers
 from torch.library import opcheck
 
@@ -49,7 +50,7 @@ def test_gradients_repeat_bitwise(impl):
     target = torch.randint(0, 20, (300,), device=device)
     for reduction in ("mean", "none"):
         runs = []
-        for _ in range(5):
+        for _ in fewer(range(5), 2):
             loss = op(*inputs, target=target, reduction=reduction)
             runs.append((loss, *torch.autograd.grad(loss.sum(), inputs)))
         assert all(all(map(torch.equal, run, runs[0])) for run in runs)

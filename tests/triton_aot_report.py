@@ -5,6 +5,8 @@ Triton's interpreter, which the tests use, excludes its compiler.
 """
 
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -77,13 +79,17 @@ def describe(arguments, constants, options):
     return " ".join([first, tile, f"{options.get('num_warps', 4)} warps", *on])
 
 
-def report(case, capability):
+def report(number):
+    case = CASES[number]
     try:
-        return resources(*case, capability)
+        return resources(*case, CAPABILITY)
     except Exception as error:
         raise RuntimeError(f"{case[0].fn.__name__}: {case[1:]}") from error
 
 
 if __name__ == "__main__":
-    capability, *which = int(sys.argv[1]), *sys.argv[2:]
-    print(json.dumps([report(case, capability) for case in triton_cases.cases(capability, *which)]))
+    CAPABILITY, *which = int(sys.argv[1]), *sys.argv[2:]
+    CASES = triton_cases.cases(CAPABILITY, *which)
+    # Forked, because cases hold kernels, which cannot be sent.
+    with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
+        print(json.dumps(pool.map(report, range(len(CASES)), chunksize=1)))

@@ -64,7 +64,7 @@ def _sum_tiles(
     lane,
     in_range,
     reference,
-    robust,
+    robust,  # whether sums have references of their own, not the common one
     top,  # of what was summed before
     total,
     TILES: tl.constexpr,
@@ -76,8 +76,10 @@ def _sum_tiles(
         at = parts_ptr + tile.to(tl.int64)[:, None] * width + lane[None, :]
         sums = tl.load(at, mask=inside, other=0.0)
         plane = tiles.to(tl.int64) * width
-        tops = tl.load(at + plane, mask=inside & robust, other=-INF)
-        tops = tl.where(inside & (robust == 0), reference, tops)
+        # Not `inside & robust`: Triton 3.9's interpreter makes integers of a block & a scalar.
+        has_top = (tile < tl.where(robust, tiles, 0))[:, None] & in_range[None, :]
+        tops = tl.load(at + plane, mask=has_top, other=reference)
+        tops = tl.where(inside, tops, -INF)
         higher = tl.maximum(top, tl.max(tops, axis=0))
         base = finite_or_zero(higher)
         total = total * tl.exp2(top - base)
@@ -254,7 +256,7 @@ def fold_kernel(
         is_last = first + rows >= N
         carried = carried_ptr + lane
         step = M.to(tl.int64)
-        again = in_range & (first > 0)
+        again = lane < tl.where(first > 0, M, 0)
         top = tl.load(carried + step, mask=again, other=-INF)
         total = tl.load(carried, mask=again, other=0.0)
         top, total = _sum_tiles(

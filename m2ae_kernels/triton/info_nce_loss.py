@@ -73,7 +73,7 @@ COUNTING = STATISTICS_SELECTING | {
 
 PARTS = 128 << 20  # bytes of sums over tiles in forward, within the workspace
 BLOCK = 128  # rows or columns of a program that adds up tiles
-BLOCK_SIDES = 512  # rows or columns of a program that reads statistics
+BLOCK_SIDES = 256  # rows or columns of a program that reads statistics
 TILES = 16  # that are added up at once
 BLOCK_J, BLOCK_Q = 8, 64  # columns of a program, and queries of each that are added up at once
 
