@@ -15,7 +15,9 @@ from torch.testing import assert_close
 triton = pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
+TRITON = triton.__version__.rpartition(".")[0]
 SHARED_MEMORY = {80: 163, 90: 227, 100: 227, 120: 99}  # KiB per block, by compute capability
+RESERVED_STACK = {(120, "3.6"): 8}  # bytes, by its assembler for descriptors, not for registers
 
 
 def compile_ahead(capability, tmp_path, *which):
@@ -28,7 +30,8 @@ def compile_ahead(capability, tmp_path, *which):
 
 
 def assert_fits(kernel, capability):
-    assert kernel["spilled_bytes"] == kernel["stack_bytes"] == 0, kernel
+    assert kernel["spilled_bytes"] == 0, kernel
+    assert kernel["stack_bytes"] <= RESERVED_STACK.get((capability, TRITON), 0), kernel
     assert kernel["shared_bytes"] <= SHARED_MEMORY[capability] * 1024, kernel
 
 

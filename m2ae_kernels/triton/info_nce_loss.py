@@ -39,7 +39,7 @@ INTERPRETED = Tile(32, 64, 32, warps=4, stages=1, group=2)
 STATISTICS_SELECTING = {
     ("16-bit", 0): INTERPRETED,
     ("16-bit", 8): Tile(128, 128, 64, warps=8, stages=3),
-    ("16-bit", 9): Tile(128, 128, 64, warps=8, stages=4),
+    ("16-bit", 9): Tile(128, 128, 64, warps=8, stages=4, flatten=False),
     ("16-bit", 10): Tile(128, 64, 64, warps=8, stages=4),
     ("16-bit", 12): Tile(128, 128, 64, warps=8, stages=2),
     ("odd 16-bit", 0): INTERPRETED,
@@ -56,19 +56,20 @@ STATISTICS = STATISTICS_SELECTING | {
 }
 GRADIENTS_SELECTING = STATISTICS_SELECTING | {
     ("16-bit", 8): Tile(64, 128, 64, warps=8, stages=3),
+    ("16-bit", 9): Tile(128, 128, 64, warps=8, stages=4),
     ("16-bit", 12): Tile(64, 128, 64, warps=8, stages=2),
     ("16-bit", 10): Tile(128, 128, 64, warps=8, stages=3, flatten=False),
 }
 GRADIENTS = STATISTICS_SELECTING | {
-    ("16-bit", 9): Tile(128, 256, 64, warps=8, stages=3),
+    ("16-bit", 9): Tile(128, 128, 64, warps=8, stages=4),
     ("16-bit", 10): Tile(128, 128, 64, warps=8, stages=4, flatten=False),
 }
 COUNTING = STATISTICS_SELECTING | {
     ("16-bit", 8): Tile(64, 128, 64, warps=8, stages=3),
     ("16-bit", 9): Tile(64, 64, 64, warps=8, stages=3),
-    ("16-bit", 10): Tile(64, 32, 64, warps=8, stages=3),
+    ("16-bit", 10): Tile(64, 64, 64, warps=8, stages=3),
     ("16-bit", 12): Tile(64, 128, 64, warps=8, stages=2),
-    ("tf32", 8): Tile(64, 32, 32, warps=8, stages=3),
+    ("tf32", 8): Tile(64, 32, 32, warps=8, stages=2),
 }
 
 PARTS = 128 << 20  # bytes of sums over tiles in forward, within the workspace

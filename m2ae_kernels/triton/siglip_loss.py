@@ -46,7 +46,7 @@ SELECTING = {
 }
 PLAIN = SELECTING | {
     ("16-bit", 8): Tile(128, 128, 64, warps=8, stages=3),
-    ("16-bit", 9): Tile(256, 128, 64, warps=8, stages=3),
+    ("16-bit", 9): Tile(128, 128, 64, warps=8, stages=4),
     ("16-bit", 10): Tile(128, 64, 64, warps=8, stages=4),
     ("16-bit", 12): Tile(128, 64, 64, warps=8, stages=2),
     ("tf32", 8): Tile(128, 64, 32, warps=8, stages=3),
