@@ -67,7 +67,7 @@ GRADIENTS = STATISTICS_SELECTING | {
 COUNTING = STATISTICS_SELECTING | {
     ("16-bit", 8): Tile(64, 128, 64, warps=8, stages=3),
     ("16-bit", 9): Tile(64, 64, 64, warps=8, stages=3),
-    ("16-bit", 10): Tile(64, 64, 64, warps=8, stages=3),
+    ("16-bit", 10): Tile(64, 32, 64, warps=8, stages=2),
     ("16-bit", 12): Tile(64, 128, 64, warps=8, stages=2),
     ("tf32", 8): Tile(64, 32, 32, warps=8, stages=2),
 }
