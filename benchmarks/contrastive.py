@@ -65,6 +65,7 @@ class Program:
         device = cases[0][-1]
         print(side_by_side.machine(device))
         for case in cases:
+            torch.compiler.reset()  # else `compile` runs eagerly, from the ninth case on
             rows = {name: self.call(row, *case) for name, row in self.rows_on(device).items()}
             results = side_by_side.compare(rows, OURS, device, seconds)
             print("N={} D={} {} {}".format(*case))
