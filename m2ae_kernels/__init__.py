@@ -5,6 +5,14 @@ the dispatcher, `m2ae_kernels.reference.<op>` as its plain-PyTorch definition, a
 m2ae_kernels/ops/<op>.py to read. `python -m m2ae_kernels` prints which kernel serves which device.
 On top of them, without kernels of their own: contrastive.py, `m2ae_kernels.nn` with modules, and
 `m2ae_kernels.distributed` with losses over the rows of several processes.
+
+    import torch
+    from m2ae_kernels import info_nce_loss
+    images, texts = (torch.randn(4096, 256, requires_grad=True) for _ in range(2))
+    scale = torch.tensor(14.3, requires_grad=True)
+    info_nce_loss(images, texts, scale, normalize=True).backward()
+
+docs/contrastive_losses.md has more, and measured figures.
 """
 
 from m2ae_kernels import distributed, nn, reference
