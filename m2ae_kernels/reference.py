@@ -2,8 +2,20 @@
 
 from m2ae_kernels.ops.ema_update import reference as ema_update_
 from m2ae_kernels.ops.info_nce_loss import reference as info_nce_loss
+from m2ae_kernels.ops.moe_permute import reference as moe_permute
+from m2ae_kernels.ops.moe_sort import reference as moe_sort
+from m2ae_kernels.ops.moe_unpermute import reference as moe_unpermute
 from m2ae_kernels.ops.patch_embed import reference as patch_embed
 from m2ae_kernels.ops.siglip_loss import reference as siglip_loss
 from m2ae_kernels.ops.topk_gating import reference as topk_gating
 
-__all__ = ["ema_update_", "info_nce_loss", "patch_embed", "siglip_loss", "topk_gating"]
+__all__ = [
+    "ema_update_",
+    "info_nce_loss",
+    "moe_permute",
+    "moe_sort",
+    "moe_unpermute",
+    "patch_embed",
+    "siglip_loss",
+    "topk_gating",
+]
