@@ -53,6 +53,18 @@ struct Kernels {
   SiglipKernel* siglip_loss[kOperands][kSameIds];
   SiglipKernel* siglip_gradient[kOperands][kSameIds];
   void (*siglip_scale[kFloatingElements])(const float* from, float factor, int64_t n, void* to);
+
+  // Rows of moe_unpermute: moe_unpermute_kernel.h. No float64.
+  using MoeCombine = void(
+      const void* const* rows,
+      const float* weights,
+      int64_t count,
+      const void* residual,
+      int64_t D,
+      void* out);
+  MoeCombine* moe_combine[kFloatingElements];
+  void (*moe_scale[kFloatingElements])(const void* row, float weight, int64_t D, void* out);
+  float (*moe_dot[kFloatingElements])(const void* a, const void* b, int64_t D);
 };
 
 extern const Kernels kDefault, kAvx2, kAvx512;

@@ -5,6 +5,7 @@
 #include "ema_update_kernel.h"
 #include "info_nce_loss_backward_kernel.h"
 #include "info_nce_loss_kernel.h"
+#include "moe_unpermute_kernel.h"
 #include "siglip_loss_kernel.h"
 
 #define M2AE_BY_SOURCE(kernel, target_t)           \
@@ -69,4 +70,7 @@
    M2AE_BY_OPERAND_AND_SAME_ID(nce_robust_gradient_kernel), \
    M2AE_BY_OPERAND_AND_SAME_ID(siglip_loss_kernel),         \
    M2AE_BY_OPERAND_AND_SAME_ID(siglip_gradient_kernel),     \
-   M2AE_BY_FLOATING_ELEMENT(siglip_scale_kernel)}
+   M2AE_BY_FLOATING_ELEMENT(siglip_scale_kernel),           \
+   M2AE_BY_ELEMENT(moe_combine_kernel),                     \
+   M2AE_BY_ELEMENT(moe_scale_kernel),                       \
+   M2AE_BY_ELEMENT(moe_dot_kernel)}
