@@ -96,7 +96,7 @@ def used_rows(routing):
 
 
 def sum_by_loops(y, routing, weights, residual):
-    """out [R, D] of moe_unpermute, in float64, slot by slot."""
+    """What moe_unpermute returns, [R, D], in float64, slot by slot."""
     inverse = routing.inverse_ids.tolist()
     out = torch.zeros(len(inverse), y.shape[1], dtype=torch.float64)
     for r, places in enumerate(inverse):

@@ -14,11 +14,11 @@ What a mixture of experts gets wrong elsewhere, and the test that would show it 
 | int64 ids that wrap around in int32 | test_ids_of_int64 |
 | results that depend on the number of threads | test_threads |
 | host syncs, sizes that depend on data | test_compiles_to_one_graph, test_no_sync |
-| rows of padding in gradients | test_moe_permute.py: test_poison; test_moe_unpermute.py: test_poison |
+| rows of padding in gradients | test_moe_permute.py, test_moe_unpermute.py: test_poison |
 | tokens with every slot dropped | test_moe_unpermute.py: test_token_without_slots |
 | sums in 16 bits, cancellation | test_moe_unpermute.py: test_cancellation |
 | streams of the same tokens | test_moe_permute.py: test_streams |
-| an order of tokens that shows in the result | test_moe_unpermute.py: test_permutation_equivariance |
+| the order of tokens showing | test_moe_unpermute.py: test_permutation_equivariance |
 """
 
 import pytest

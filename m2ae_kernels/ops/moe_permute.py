@@ -23,7 +23,7 @@ from torch import Tensor
 
 from m2ae_kernels._library import define
 from m2ae_kernels.ops._checks import expect_dtype, refuse_second_derivative
-from m2ae_kernels.ops._moe_arguments import FLOATING, check_moe_permute
+from m2ae_kernels.ops._moe_arguments import FLOATING, check_moe_permute, raise_as_value_error
 from m2ae_kernels.ops._moe_routing import MoERouting
 from m2ae_kernels.ops._plain import accumulator
 
@@ -85,7 +85,11 @@ def _permute(
     weights = topk_weights
     if weights is not None and weights.dtype != torch.float64:
         weights = weights.float()
-    rows, row_weights = op(x, routing.sorted_ids, routing.inverse_ids, weights)
+    try:
+        rows, row_weights = op(x, routing.sorted_ids, routing.inverse_ids, weights)
+    except RuntimeError as error:
+        raise_as_value_error("moe_permute", error)
+        raise
     return rows, None if topk_weights is None else row_weights
 
 

@@ -19,7 +19,6 @@ with sparse mixture of experts", for dropping by weight; Gale et al. 2022, "Mega
 sorted by expert instead of a buffer of fixed capacity.
 """
 
-import re
 from collections.abc import Callable
 from typing import Literal
 
@@ -32,6 +31,7 @@ from m2ae_kernels.ops._moe_arguments import (
     DROP_POLICIES,
     FLOATING,
     check_moe_sort,
+    raise_as_value_error,
     sorted_rows,
 )
 from m2ae_kernels.ops._moe_routing import MoERouting
@@ -115,10 +115,8 @@ def _sort(
     try:
         return MoERouting(*op(topk_ids, num_experts, capacity, policy, weights, align))
     except RuntimeError as error:
-        expected = re.search("moe_sort: expected ids.*", str(error))
-        if expected is None:
-            raise
-        raise ValueError(expected[0]) from None  # what only the kernel looks at
+        raise_as_value_error("moe_sort", error)
+        raise
 
 
 def _reference(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from m2ae_kernels._library import define
 from m2ae_kernels.ops._checks import expect_dtype, refuse_second_derivative
-from m2ae_kernels.ops._moe_arguments import FLOATING, check_moe_unpermute
+from m2ae_kernels.ops._moe_arguments import FLOATING, check_moe_unpermute, raise_as_value_error
 from m2ae_kernels.ops._moe_routing import MoERouting
 from m2ae_kernels.ops._plain import accumulator
 from m2ae_kernels.ops.moe_permute import rows_or_zero
@@ -69,10 +69,14 @@ def moe_unpermute(
     check_moe_unpermute(y, routing, topk_weights, residual, out)
     weights = None if topk_weights is None else topk_weights.float()
     inputs = (y, routing.sorted_ids, routing.inverse_ids, weights, residual)
-    if out is None:
-        return torch.ops.m2ae_kernels.moe_unpermute(*inputs)
-    _check_overlap(out, y, residual)
-    torch.ops.m2ae_kernels.moe_unpermute_out(*inputs, out)
+    try:
+        if out is None:
+            return torch.ops.m2ae_kernels.moe_unpermute(*inputs)
+        _check_overlap(out, y, residual)
+        torch.ops.m2ae_kernels.moe_unpermute_out(*inputs, out)
+    except RuntimeError as error:
+        raise_as_value_error("moe_unpermute", error)
+        raise
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(out)
     return out
