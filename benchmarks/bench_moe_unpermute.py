@@ -1,0 +1,85 @@
+"""moe_unpermute against multiplying and index_add_, and there and back again with moe_permute.
+
+"Dispatch and combine" is what a layer pays beside its experts: sort, permute, unpermute, with
+experts that do nothing. As a program: moe_dispatch.py
+"""
+
+import pytest
+import torch
+from moe_dispatch import DIRECTIONS, OURS, Program, call, inputs
+
+from m2ae_kernels import moe_permute, moe_sort, moe_unpermute
+
+
+def eager(given):
+    """As Hugging Face transformers has it."""
+    weighted = given.y * given.weights.flatten()[given.order, None]
+    return torch.zeros_like(given.x).index_add_(0, given.token, weighted.to(given.x.dtype))
+
+
+def eager_gather(given):
+    """The best form by hand: back to the order of tokens, then a sum over k."""
+    rows = given.y[given.inverse].view(*given.weights.shape, -1)
+    return (rows * given.weights[..., None]).sum(1).to(given.x.dtype)
+
+
+def ours(given):
+    return moe_unpermute(given.y, given.routing, given.weights)
+
+
+def eager_both(given):
+    order = given.ids.flatten().argsort(stable=True)
+    token = order // given.weights.shape[1]
+    weighted = given.x[token] * given.weights.flatten()[order, None]
+    return torch.zeros_like(given.x).index_add_(0, token, weighted.to(given.x.dtype))
+
+
+def eager_gather_both(given):
+    k = given.weights.shape[1]
+    order = given.ids.flatten().argsort(stable=True)
+    slots = torch.arange(order.numel(), device=order.device)
+    inverse = torch.empty_like(order).scatter_(0, order, slots)
+    rows = given.x[order // k][inverse].view(*given.weights.shape, -1)
+    return (rows * given.weights[..., None]).sum(1).to(given.x.dtype)
+
+
+def ours_both(given):
+    routing = moe_sort(given.ids, given.E)
+    rows, _ = moe_permute(given.x, routing)
+    return moe_unpermute(rows, routing, given.weights)
+
+
+def rows_of(eager, eager_gather, ours):
+    return {
+        "eager": eager,
+        "eager_gather": eager_gather,
+        "compile": torch.compile(eager, dynamic=False),
+        OURS: ours,
+    }
+
+
+CASES = {
+    "moe_unpermute": (rows_of(eager, eager_gather, ours), ("y", "weights")),
+    "dispatch and combine": (
+        rows_of(eager_both, eager_gather_both, ours_both),
+        ("x", "weights"),
+    ),
+}
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("impl", ["eager", "eager_gather", OURS])
+@pytest.mark.parametrize("T,D,E,k", [(1024, 512, 12, 4), (4096, 512, 12, 4)])
+@pytest.mark.parametrize("case", CASES)
+def bench_moe_unpermute(case, T, D, E, k, impl, direction, device, bench):
+    functions, leaves = CASES[case]
+    given = inputs(T, D, E, k, torch.float32, device)
+    bench(
+        f"{case} {direction} T={T} D={D} E={E} k={k}",
+        call(functions[impl], leaves, given, direction),
+        impl=impl,
+    )
+
+
+if __name__ == "__main__":
+    Program(CASES).main()
