@@ -83,6 +83,26 @@ def test_capacity(capacity, policy, impl):
         sort(op, ids.to(device), E, weights, align=8, **given)
 
 
+@pytest.mark.parametrize("E", [256, 257, 288, 1000, 2048])
+def test_many_experts(E, impl):
+    op, device = impl
+    ids = distinct_ids(500, 3, E).to(device)
+    ids[:, 0] = E - 1
+    weights = torch.rand(500, 3, device=device)
+    sort(op, ids, E, weights)
+    sort(op, ids, E, weights, capacity=7, drop_policy="prob", align=16)
+
+
+def test_more_experts_than_cuda_sorts(impl, request):
+    op, device = impl
+    ids = torch.tensor([[2048, 0]], dtype=torch.int32, device=device)
+    if request.node.callspec.params["impl"].startswith(("emulated", "cuda")):
+        with pytest.raises(ValueError, match="expected at most 2048 experts on CUDA, got 2049"):
+            op(ids, 2049)
+    else:
+        assert op(ids, 2049).sorted_ids[:2].tolist() == [1, 0]
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_capacity_of_many_slots(policy, impl):
     op, device = impl

@@ -18,8 +18,8 @@ struct alignas(kWidth * sizeof(T)) RowVector {
 };
 
 // The sorted row of a slot, or -1; what is out of range counts as -1.
-__device__ __forceinline__ int64_t sorted_row(const MoeRows& routing, int64_t slot) {
-  const int64_t i = routing.inverse[slot];
+__device__ __forceinline__ int32_t sorted_row(const MoeRows& routing, int64_t slot) {
+  const int32_t i = routing.inverse[slot];
   return i < routing.N ? i : -1;
 }
 

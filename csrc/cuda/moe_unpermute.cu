@@ -10,8 +10,6 @@
 namespace m2ae::cuda {
 namespace {
 
-constexpr int kInFlight = 4;  // rows that a thread has asked for at a time
-
 template <typename T, int kWidth>
 __device__ __forceinline__ void add(
     float (&sum)[kWidth], float weight, const RowVector<T, kWidth>& row) {
@@ -26,6 +24,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) moe_combine_kernel(
     const RowVector<T, kWidth>* residual,  // [T, vectors], or null; may be `out`
     RowVector<T, kWidth>* out,             // [T, vectors]
     int64_t vectors) {
+  constexpr int kInFlight = kWidth > 4 ? 2 : 4;  // rows asked for at a time: as registers last
   const int64_t step = int64_t(gridDim.x) * blockDim.y;
   for (int64_t t = int64_t(blockIdx.x) * blockDim.y + threadIdx.y; t < routing.T; t += step) {
     for (int64_t v = threadIdx.x; v < vectors; v += blockDim.x) {
@@ -35,7 +34,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) moe_combine_kernel(
         const int64_t slots = (s * routing.T + t) * routing.k;
         for (int64_t first = 0; first < routing.k; first += kInFlight) {
           RowVector<T, kWidth> row[kInFlight];
-          int64_t at[kInFlight];
+          int32_t at[kInFlight];
 #pragma unroll
           for (int q = 0; q < kInFlight; ++q) {
             at[q] = first + q < routing.k ? sorted_row(routing, slots + first + q) : -1;

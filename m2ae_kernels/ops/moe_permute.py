@@ -11,7 +11,7 @@ Backward is a gather, too, over the slots of each token, in the order of streams
 
 so no two threads write to one place, and the sum has one order on every device.
 
-Kernels: csrc/cpu/moe_permute.cpp on the CPU.
+Kernels: csrc/cpu/moe_permute.cpp on the CPU, csrc/cuda/moe_permute.cu on CUDA.
 Papers: Gale et al. 2022, "MegaBlocks"; Tan et al. 2024, "Scattered mixture-of-experts".
 """
 

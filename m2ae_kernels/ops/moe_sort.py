@@ -12,7 +12,7 @@ inputs.
 
 No gradient: the order is piecewise constant.
 
-Kernels: csrc/cpu/moe_sort.cpp on the CPU.
+Kernels: csrc/cpu/moe_sort.cpp on the CPU, csrc/cuda/moe_sort.cu on CUDA (E <= 2,048).
 Papers: Lepikhin et al. 2020, "GShard", for capacity and for dropping second choices first; Fedus
 et al. 2021, "Switch transformers", for dropping by position; Riquelme et al. 2021, "Scaling vision
 with sparse mixture of experts", for dropping by weight; Gale et al. 2022, "MegaBlocks", for rows
@@ -51,7 +51,7 @@ def moe_sort(
     Args:
         topk_ids: the experts of each row, [R, k]; int32 or int64, in [0, E). A slot of -1 (masked
             row, expert elsewhere) is skipped. The same expert twice in a row is two slots.
-        num_experts: E.
+        num_experts: E; at most 2,048 on CUDA.
         capacity: most slots that an expert keeps; None keeps all.
         drop_policy: which slots an expert over capacity keeps. "position": the first in order of
             row, then j; "slot": the first in order of j, then row, so that no second choice takes

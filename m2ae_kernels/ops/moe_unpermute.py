@@ -12,7 +12,7 @@ in float32, in this order, rounded once. Backward, for sorted row i of slot s = 
 It is a gather, unlike an index_add_ over the sorted rows: no zeros to start from, no weighted copy
 of y, no atomics.
 
-Kernels: csrc/cpu/moe_unpermute.cpp on the CPU.
+Kernels: csrc/cpu/moe_unpermute.cpp on the CPU, csrc/cuda/moe_unpermute.cu on CUDA.
 Papers: Shazeer et al. 2017, "Outrageously large neural networks", eq. 1; Gale et al. 2022,
 "MegaBlocks".
 """
