@@ -8,6 +8,7 @@
 #include "gemm.h"
 #include "info_nce_loss_tile.h"
 #include "siglip_loss_tile.h"
+#include "topk_gating_rows.h"
 
 namespace m2ae::cpu {
 
@@ -53,6 +54,10 @@ struct Kernels {
   SiglipKernel* siglip_loss[kOperands][kSameIds];
   SiglipKernel* siglip_gradient[kOperands][kSameIds];
   void (*siglip_scale[kFloatingElements])(const float* from, float factor, int64_t n, void* to);
+
+  // Rows of topk_gating; none in float64.
+  GatingForwardKernel* topk_gating[kFloatingElements][kScoreFunctions];
+  GatingBackwardKernel* topk_gating_backward[kFloatingElements][kScoreFunctions];
 };
 
 extern const Kernels kDefault, kAvx2, kAvx512;

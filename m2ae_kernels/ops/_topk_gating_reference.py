@@ -33,8 +33,8 @@ def forward(
     zero_nan: bool,
 ) -> tuple[Tensor, ...]:
     z, present = _rows(logits, logit_shift, token_mask)
-    selection = _selection_scores(z.detach(), expert_bias, score_function, n_group, group_best)
-    ids = _best(selection, top_k, n_group, topk_group, group_best)
+    groups = (n_group, topk_group, group_best)
+    ids = _best(z.detach(), expert_bias, score_function, top_k, *groups)
     a, top, _ = _log_scores(z, score_function, zero_nan)
     p, surprise, total = _distribution(a, top)
     if norm_topk_prob:
@@ -194,12 +194,31 @@ def _or_one(sum_of_weights: Tensor) -> Tensor:
     return torch.where(sum_of_weights == 0, 1, sum_of_weights)
 
 
-def _selection_scores(
-    z: Tensor, expert_bias: Tensor | None, score_function: int, n_group: int, group_best: int
+def _best(
+    z: Tensor,
+    expert_bias: Tensor | None,
+    score_function: int,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    group_best: int,
 ) -> Tensor:
-    """What orders the experts of a row, [R, E]: descending, then -inf, then NaN."""
-    if expert_bias is None and (n_group == 1 or group_best == 1):
-        return z  # as the scores would, but without their rounding
+    """The k best experts of the topk_group best groups of each row, [R, k]."""
+    of_group = of_expert = z  # orders them as the scores would, but without their rounding
+    if expert_bias is not None or (n_group > 1 and group_best > 1):
+        of_group = _selection_scores(z, expert_bias, score_function)
+    if expert_bias is not None:
+        of_expert = of_group
+    # Ascending order of the negated scores puts NaN last; 0 - x is the same for both zeros.
+    order = (0.0 - of_expert).argsort(dim=1, stable=True)
+    if n_group > 1:
+        is_out = _is_out(of_group, n_group, topk_group, group_best)
+        order = order.gather(1, is_out.gather(1, order).argsort(dim=1, stable=True))
+    return order[:, :top_k]
+
+
+def _selection_scores(z: Tensor, expert_bias: Tensor | None, score_function: int) -> Tensor:
+    """Scores, [R, E], and bias; -inf and NaN where the logit is."""
     # A NaN leaves the order of the other experts alone.
     a, top, _ = _log_scores(z, score_function, zero_nan=True)
     score = _distribution(a, top)[0] if score_function == SOFTMAX else a.exp()
@@ -208,19 +227,14 @@ def _selection_scores(
     return score if expert_bias is None else score + expert_bias
 
 
-def _best(score: Tensor, top_k: int, n_group: int, topk_group: int, group_best: int) -> Tensor:
-    """The k best experts of the topk_group best groups of each row, [R, k]."""
-    # Ascending order of the negated scores puts NaN last; 0 - x is the same for both zeros.
-    order = (0.0 - score).argsort(dim=1, stable=True)
-    if n_group > 1:
-        rows, E = score.shape
-        best = (0.0 - score.view(rows, n_group, E // n_group)).sort(dim=2).values.neg()
-        # Experts of -inf and NaN add nothing, but to a group that has no other.
-        total = torch.where(best > -math.inf, best, 0)[..., :group_best].sum(2)
-        of_group = torch.where(best[..., 0] > -math.inf, total, best[..., 0])  # [R, n_group]
-        groups = (0.0 - of_group).argsort(dim=1, stable=True)[:, :topk_group]
-        is_out = torch.ones_like(of_group, dtype=torch.int32).scatter(1, groups, 0)
-        is_out = is_out[:, :, None].expand(-1, -1, E // n_group).reshape(rows, E)
-        last = is_out.gather(1, order).argsort(dim=1, stable=True)
-        order = order.gather(1, last)
-    return order[:, :top_k]
+def _is_out(score: Tensor, n_group: int, topk_group: int, group_best: int) -> Tensor:
+    """1 for each expert, [R, E], that is not in one of the best groups."""
+    rows, E = score.shape
+    groups = (rows, n_group, E // n_group)
+    best = (0.0 - score.view(groups)).sort(dim=2).values.neg()
+    # Experts of -inf and NaN add nothing, but to a group that has no other.
+    total = torch.where(best > -math.inf, best, 0)[..., :group_best].sum(2)
+    total = torch.where(best[..., 0] > -math.inf, total, best[..., 0])  # [R, n_group]
+    kept = (0.0 - total).argsort(dim=1, stable=True)[:, :topk_group]
+    is_out = torch.ones_like(total, dtype=torch.int32).scatter(1, kept, 0)
+    return is_out[:, :, None].expand(groups).reshape(rows, E)
