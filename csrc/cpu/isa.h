@@ -8,6 +8,7 @@
 #include "gemm.h"
 #include "info_nce_loss_tile.h"
 #include "siglip_loss_tile.h"
+#include "topk_gating_rows.h"
 
 namespace m2ae::cpu {
 
@@ -65,6 +66,10 @@ struct Kernels {
   MoeCombine* moe_combine[kFloatingElements];
   void (*moe_scale[kFloatingElements])(const void* row, float weight, int64_t D, void* out);
   float (*moe_dot[kFloatingElements])(const void* a, const void* b, int64_t D);
+
+  // Rows of topk_gating; none in float64.
+  GatingForwardKernel* topk_gating[kFloatingElements][kScoreFunctions];
+  GatingBackwardKernel* topk_gating_backward[kFloatingElements][kScoreFunctions];
 };
 
 extern const Kernels kDefault, kAvx2, kAvx512;

@@ -7,6 +7,8 @@
 #include "info_nce_loss_kernel.h"
 #include "moe_unpermute_kernel.h"
 #include "siglip_loss_kernel.h"
+#include "topk_gating_backward_kernel.h"
+#include "topk_gating_kernel.h"
 
 #define M2AE_BY_SOURCE(kernel, target_t)           \
   {&kernel<target_t, float>,                       \
@@ -49,6 +51,15 @@
 #define M2AE_BY_OPERAND_AND_SAME_ID(kernel) \
   {M2AE_SAME_IDS_OF(kernel, Operand::kFloat32), M2AE_SAME_IDS_OF(kernel, Operand::kBFloat16)}
 
+#define M2AE_SCORES_OF(kernel, element_t) \
+  {&kernel<element_t, kSoftmax>, &kernel<element_t, kSigmoid>, &kernel<element_t, kSqrtSoftplus>}
+
+#define M2AE_BY_ELEMENT_AND_SCORE(kernel)               \
+  {M2AE_SCORES_OF(kernel, float),                       \
+   {nullptr, nullptr, nullptr},                         \
+   M2AE_SCORES_OF(kernel, torch::headeronly::BFloat16), \
+   M2AE_SCORES_OF(kernel, torch::headeronly::Half)}
+
 #define M2AE_KERNELS(name)                                  \
   {name,                                                    \
    M2AE_BY_TARGET_AND_SOURCE(ema_update_kernel),            \
@@ -73,4 +84,6 @@
    M2AE_BY_FLOATING_ELEMENT(siglip_scale_kernel),           \
    M2AE_BY_ELEMENT(moe_combine_kernel),                     \
    M2AE_BY_ELEMENT(moe_scale_kernel),                       \
-   M2AE_BY_ELEMENT(moe_dot_kernel)}
+   M2AE_BY_ELEMENT(moe_dot_kernel),                         \
+   M2AE_BY_ELEMENT_AND_SCORE(topk_gating_kernel),           \
+   M2AE_BY_ELEMENT_AND_SCORE(topk_gating_backward_kernel)}
