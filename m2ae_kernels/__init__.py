@@ -17,7 +17,14 @@ docs/contrastive_losses.md has more, and measured figures.
 
 from m2ae_kernels import distributed, nn, reference
 from m2ae_kernels.contrastive import clip_loss, nt_xent_loss, sup_con_loss
-from m2ae_kernels.ops import ema_update_, info_nce_loss, patch_embed, siglip_loss, topk_gating
+from m2ae_kernels.ops import (
+    ema_update_,
+    expert_mlp,
+    info_nce_loss,
+    patch_embed,
+    siglip_loss,
+    topk_gating,
+)
 from m2ae_kernels.ops._info_nce_loss_reduction import ContrastiveMetrics
 from m2ae_kernels.ops.topk_gating import TopkGatingOutput
 
@@ -27,6 +34,7 @@ __all__ = [
     "clip_loss",
     "distributed",
     "ema_update_",
+    "expert_mlp",
     "info_nce_loss",
     "nn",
     "nt_xent_loss",

@@ -1,9 +1,17 @@
 """What each op means, in plain PyTorch, under the op's name: any device, differentiable."""
 
 from m2ae_kernels.ops.ema_update import reference as ema_update_
+from m2ae_kernels.ops.expert_mlp import reference as expert_mlp
 from m2ae_kernels.ops.info_nce_loss import reference as info_nce_loss
 from m2ae_kernels.ops.patch_embed import reference as patch_embed
 from m2ae_kernels.ops.siglip_loss import reference as siglip_loss
 from m2ae_kernels.ops.topk_gating import reference as topk_gating
 
-__all__ = ["ema_update_", "info_nce_loss", "patch_embed", "siglip_loss", "topk_gating"]
+__all__ = [
+    "ema_update_",
+    "expert_mlp",
+    "info_nce_loss",
+    "patch_embed",
+    "siglip_loss",
+    "topk_gating",
+]
