@@ -66,5 +66,6 @@ def of_experts(weights: Tensor, blocks: RowBlocks) -> Tensor:
 
 def sum_by_expert(of_blocks: Tensor, blocks: RowBlocks, E: int) -> Tensor:
     """[E, ...], the sums over each expert's blocks of [B, ...]; exact zeros where it has none."""
-    sums = sum_by_index(of_blocks.flatten(1), blocks.expert, E)
-    return sums.unflatten(1, of_blocks.shape[1:])
+    # The sum of all others is cut off: an index of -1 would be skipped, but has no derivative.
+    index = torch.where(blocks.expert < 0, E, blocks.expert)
+    return sum_by_index(of_blocks.flatten(1), index, E + 1)[:E].unflatten(1, of_blocks.shape[1:])
