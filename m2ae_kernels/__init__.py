@@ -17,8 +17,11 @@ docs/contrastive_losses.md has more, and measured figures.
 
 from m2ae_kernels import distributed, nn, reference
 from m2ae_kernels.contrastive import clip_loss, nt_xent_loss, sup_con_loss
+from m2ae_kernels.moe import gate_topk, load_balancing_loss, router_entropy_loss, router_z_loss
 from m2ae_kernels.ops import (
     ema_update_,
+    expert_mlp,
+    grouped_mm,
     info_nce_loss,
     moe_permute,
     moe_sort,
@@ -38,7 +41,11 @@ __all__ = [
     "clip_loss",
     "distributed",
     "ema_update_",
+    "expert_mlp",
+    "gate_topk",
+    "grouped_mm",
     "info_nce_loss",
+    "load_balancing_loss",
     "moe_permute",
     "moe_sort",
     "moe_unpermute",
@@ -46,6 +53,8 @@ __all__ = [
     "nt_xent_loss",
     "patch_embed",
     "reference",
+    "router_entropy_loss",
+    "router_z_loss",
     "siglip_loss",
     "sup_con_loss",
     "topk_gating",

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../element.h"
+#include "expert_mlp_tile.h"
 #include "gemm.h"
 #include "info_nce_loss_tile.h"
 #include "siglip_loss_tile.h"
@@ -70,6 +71,20 @@ struct Kernels {
   // Rows of topk_gating; none in float64.
   GatingForwardKernel* topk_gating[kFloatingElements][kScoreFunctions];
   GatingBackwardKernel* topk_gating_backward[kFloatingElements][kScoreFunctions];
+
+  // Layers of experts: expert_mlp_kernel.h. By activation, and by the element to round to.
+  ActivateKernel* activate[kActivations];
+  ActivateBackwardKernel* activate_backward[kActivations];
+  void (*round_to[kFloatingElements])(float* x, int64_t n);
+  void (*add_to_rows)(float* tile, int64_t rows, int64_t columns, const float* bias);
+  void (*dropout_row)(const Dropout& dropout, int32_t slot, int64_t first, float* row, int64_t n);
+  void (*dropout_columns)(
+      const Dropout& dropout,
+      const int32_t* slots,
+      int64_t first,
+      float* tile,
+      int64_t rows,
+      int64_t columns);
 };
 
 extern const Kernels kDefault, kAvx2, kAvx512;
