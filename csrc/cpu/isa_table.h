@@ -55,11 +55,12 @@
 #define M2AE_SCORES_OF(kernel, element_t) \
   {&kernel<element_t, kSoftmax>, &kernel<element_t, kSigmoid>, &kernel<element_t, kSqrtSoftplus>}
 
-#define M2AE_BY_ELEMENT_AND_SCORE(kernel)                       \
-  {                                                             \
-    M2AE_SCORES_OF(kernel, float), {nullptr, nullptr, nullptr}, \
-        M2AE_SCORES_OF(kernel, torch::headeronly::BFloat16),    \
-        M2AE_SCORES_OF(kernel, torch::headeronly::Half),        \
+#define M2AE_BY_ELEMENT_AND_SCORE(kernel)               \
+  {M2AE_SCORES_OF(kernel, float),                       \
+   {nullptr, nullptr, nullptr},                         \
+   M2AE_SCORES_OF(kernel, torch::headeronly::BFloat16), \
+   M2AE_SCORES_OF(kernel, torch::headeronly::Half)}
+
 // In the order of expert_mlp_tile.h: gated ones last, by the activation of their gate.
 #define M2AE_BY_ACTIVATION(kernel)        \
   {&kernel<Activation::kIdentity, false>, \
