@@ -31,7 +31,8 @@ def gate_topk(
         top_k: experts per token.
         shift: [S, D]: S routings per token, of x + shift[s]. The product with x is made once:
             shift @ gate_weight.T is the logit_shift of topk_gating.
-        gating_options: any other keyword argument of topk_gating.
+        gating_options: any other keyword argument of topk_gating. A token that token_mask leaves
+            out may hold NaN.
 
     Returns:
         What topk_gating returns, with gradients to x, gate_weight, gate_bias and shift.
@@ -60,6 +61,10 @@ def gate_topk(
         expect_dtype("gate_topk", "shift", shift, _FLOATING)
         if shift.dim() != 2 or shift.shape[1] != D:
             raise ValueError(f"gate_topk: expected shift [S, D = {D}], got {list(shift.shape)}")
+    mask = gating_options.get("token_mask")
+    if mask is not None and mask.dtype == torch.bool and mask.numel() == x[..., 0].numel():
+        # 0 times the NaN of a masked token would be the gradient of the weight.
+        x = torch.where(mask.view(*x.shape[:-1], 1), x, 0)
     with without_autocast(x.device):
         weight = gate_weight.float()
         bias = None if gate_bias is None else gate_bias.float()
