@@ -188,8 +188,8 @@ class GroupedExperts(nn.Module):
         return experts.train(self.training)
 
     def extra_repr(self) -> str:
-        names = ("num_experts", "dim", "hidden_dim", "out_dim", "activation", "output_activation")
-        names += ("dropout_p", "output_dropout_p")
+        names = ["num_experts", "dim", "hidden_dim", "out_dim", "activation", "output_activation"]
+        names += ["dropout_p", "output_dropout_p"]
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 

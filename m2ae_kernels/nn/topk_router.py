@@ -71,7 +71,7 @@ class TopKRouter(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "TopKRouter":
         before = self.e_score_correction_bias
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         after = self.e_score_correction_bias
         if before is not None and after is not None and after.dtype != torch.float32:
             self.e_score_correction_bias = before.to(after.device)
