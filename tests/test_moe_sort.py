@@ -199,11 +199,11 @@ def test_strides(impl):
 
 def test_repeats(impl):
     op, device = impl
-    ids = distinct_ids(2000, 4, 12).to(device)
-    weights = torch.rand(2000, 4, device=device).mul(8).floor()
-    given = {"topk_weights": weights, "capacity": 500, "drop_policy": "prob", "align": 16}
+    ids = distinct_ids(200, 4, 12).to(device)
+    weights = torch.rand(200, 4, device=device).mul(8).floor()
+    given = {"topk_weights": weights, "capacity": 50, "drop_policy": "prob", "align": 16}
     expected = op(ids, 12, **given)
-    for _ in range(10):
+    for _ in range(100):
         assert all(map(torch.equal, op(ids, 12, **given), expected))
 
 

@@ -21,9 +21,10 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kMoveBytes = int64_t(1) << 18;  // of a thread, at least: pays for waking it
-// Outputs beyond it do not stay in a second-level cache until they are read, and are written past
-// the caches, which saves reading them first.
-constexpr int64_t kStreamBytes = int64_t(8) << 20;
+// Larger outputs leave a second-level cache before they are read: they are written past the caches,
+// which saves reading what is overwritten. 4,096 x 4 rows of 512 floats, one thread of a Zen 5:
+// 0.9 ms for 2.0.
+constexpr int64_t kStreamBytes = int64_t(1) << 20;
 
 // A matrix whose rows are runs of memory; others are copied first.
 class Rows {
