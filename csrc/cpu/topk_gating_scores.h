@@ -79,6 +79,7 @@ struct GatingBlock {
   Floats top{};      // log-score, or 0 where the log-scores are relative to nothing finite
   Floats total{};    // sum of exp(a - top), 1 where it would be 0
   Floats weighed{};  // sum of exp(a - top) (a - top)
+  Floats dot{};      // sum of exp(a - top) times what find_distribution() was given
   // [padded, kLanes]; where the largest is +inf, 0 for all that are and -inf for the others
   const float* a = nullptr;
 
@@ -154,28 +155,34 @@ struct GatingBlock {
     top = is_infinite ? Floats{} : log_score_of<score>(highest);
   }
 
-  // exp(a - top), into t if `keeps`.
-  template <bool keeps, bool weighs>
-  void find_distribution() {
-    Floats sum[4] = {}, sum_weighed[4] = {};
+  // exp(a - top), into t if `keeps`; the sum over experts of it, of it times a - top if `weighs`,
+  // of it times by [E] if there is such.
+  template <bool keeps, bool weighs, bool has_by>
+  void find_distribution(const float* by) {
+    Floats sum[4] = {}, sum_weighed[4] = {}, sum_by[4] = {};
     for (int64_t e = 0; e < padded; e += 4) {
       for (int i = 0; i < 4; ++i) {
         const Floats d = load(a + (e + i) * kLanes) - top;
         const Floats t = exp_of(d);
         sum[i] += t;
         if (weighs) sum_weighed[i] += t * larger(d, floats(kLowestExponent));
+        if (has_by) sum_by[i] += t * by[e + i < E ? e + i : 0];  // the others' t is 0
         if (keeps) store(t, scratch.t + (e + i) * kLanes);
       }
     }
     total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
     total = total == 0.0f ? floats(1) : total;
     if (weighs) weighed = (sum_weighed[0] + sum_weighed[1]) + (sum_weighed[2] + sum_weighed[3]);
+    if (has_by) dot = (sum_by[0] + sum_by[1]) + (sum_by[2] + sum_by[3]);
   }
-  void find_distribution(bool keeps, bool weighs) {
-    if (keeps)
-      weighs ? find_distribution<true, true>() : find_distribution<true, false>();
+  void find_distribution(bool keeps, bool weighs, const float* by = nullptr) {
+    if (by != nullptr)
+      weighs ? find_distribution<true, true, true>(by) : find_distribution<true, false, true>(by);
+    else if (keeps)
+      weighs ? find_distribution<true, true, false>(by) : find_distribution<true, false, false>(by);
     else
-      weighs ? find_distribution<false, true>() : find_distribution<false, false>();
+      weighs ? find_distribution<false, true, false>(by)
+             : find_distribution<false, false, false>(by);
   }
 
   // The k weights without factor, from the logits of the chosen, in place.
