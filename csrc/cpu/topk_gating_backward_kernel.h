@@ -48,6 +48,7 @@ class GatingBackwardBlock : GatingBlock<element_t, score> {
  private:
   // One number of each row, 0 where there is no row.
   Floats of_rows(const float* from, int64_t row, int64_t stride) const {
+    if (stride == 1 && this->rows == kLanes) return load(from + row);
     float numbers[kLanes] = {};
     for (int l = 0; l < this->rows; ++l) numbers[l] = from[(row + l) * stride];
     return load(numbers);
@@ -71,13 +72,11 @@ class GatingBackwardBlock : GatingBlock<element_t, score> {
       const Floats dw = of_rows(given.grad_weights + j, row, k) * given.routed_scaling_factor;
       const Floats product = scratch.chosen[j] * dw;
       sum += product;
+      scratch.dw[j] = dw;
       if (!given.norm_topk_prob) scratch.chosen[j] = product;
     }
     if (!given.norm_topk_prob) return is_in_softmax_ ? sum : Floats{};
-    for (int64_t j = 0; j < k; ++j) {
-      const Floats dw = of_rows(given.grad_weights + j, row, k) * given.routed_scaling_factor;
-      scratch.chosen[j] *= dw - sum;
-    }
+    for (int64_t j = 0; j < k; ++j) scratch.chosen[j] *= scratch.dw[j] - sum;
     return Floats{};
   }
 
@@ -134,23 +133,6 @@ class GatingBackwardBlock : GatingBlock<element_t, score> {
   const bool is_in_softmax_;  // the gradient of the weights goes through p
   const bool of_all_;         // experts that were not chosen have a gradient
 };
-
-// to [rows, E] <- the first rows of [E, kLanes]. `copy` [kLanes * E + kLanes] is between, or `to`.
-template <typename element_t>
-inline void write_rows(const float* from, int64_t E, int rows, float* copy, element_t* to) {
-  // What lies past the end of a row is overwritten: by the next row, or by the next part of it.
-  for (int64_t e = (E - 1) / kLanes * kLanes; e >= 0; e -= kLanes) {
-    Floats x[kLanes];
-    for (int i = 0; i < kLanes; ++i) x[i] = load(from + (e + i) * kLanes);
-    transpose(x);
-    for (int l = 0; l < kLanes; ++l) store(x[l], copy + l * E + e);
-  }
-  if constexpr (std::is_same_v<element_t, float>)
-    if (copy == to) return;
-  const int64_t n = rows * E;
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) to[i] = convert<element_t>(copy[i]);
-}
 
 template <typename element_t, int score>
 void topk_gating_backward_kernel(

@@ -40,11 +40,11 @@ inline Floats slope_of(Floats z) {
 
 // Memory of a task, in kLanes numbers per expert.
 struct GatingScratch {
-  float *z, *a, *t;     // [E padded, kLanes]
-  float* sums;          // [E padded, kLanes], over the task
-  int32_t *keys, *ids;  // [E padded, kLanes]
-  Floats* chosen;       // [k]
-  float* rows;          // [kLanes * E + kLanes]
+  float *z, *a, *t;              // [E padded, kLanes]
+  float* sums;                   // [E padded, kLanes], over the task
+  int32_t *keys, *ids, *counts;  // [E padded, kLanes]
+  Floats *chosen, *dw;           // [k]
+  float* rows;                   // [kLanes * E + kLanes]
 
   GatingScratch(float* scratch, int64_t E) {
     const int64_t part = ((E + 15) / 16 * 16 + 16) * kGatingRows;
@@ -56,8 +56,27 @@ struct GatingScratch {
     ids = keys + part;
     chosen = reinterpret_cast<Floats*>(ids + part);
     rows = sums + 4 * part;
+    dw = reinterpret_cast<Floats*>(sums + 5 * part);
+    counts = keys + 5 * part;
   }
 };
+
+// to [rows, n] <- the first rows of [n, kLanes]. `copy` [kLanes * n + kLanes] is between, or `to`.
+template <typename element_t>
+inline void write_rows(const float* from, int64_t n, int rows, float* copy, element_t* to) {
+  // What lies past the end of a row is overwritten: by the next row, or by the next part of it.
+  for (int64_t e = (n - 1) / kLanes * kLanes; e >= 0; e -= kLanes) {
+    Floats x[kLanes];
+    for (int i = 0; i < kLanes; ++i) x[i] = load(from + (e + i) * kLanes);
+    transpose(x);
+    for (int l = 0; l < kLanes; ++l) store(x[l], copy + l * n + e);
+  }
+  if constexpr (std::is_same_v<element_t, float>)
+    if (copy == to) return;
+  const int64_t size = rows * n;
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) to[i] = convert<element_t>(copy[i]);
+}
 
 // One number of each row out of [E, kLanes], by the ids of the rows.
 inline Floats pick(const float* from, const int32_t* ids /* [kLanes] */) {
@@ -102,6 +121,8 @@ struct GatingBlock {
   void find_present(int64_t t) {
     rows = int(given.T - t < kLanes ? given.T - t : kLanes);
     all_present = rows == kLanes;
+    present = ints(-1);
+    if (all_present && given.mask == nullptr) return;
     int32_t is_present[kLanes];
     for (int l = 0; l < kLanes; ++l) {
       is_present[l] = l < rows && (given.mask == nullptr || given.mask[t + l]) ? -1 : 0;
