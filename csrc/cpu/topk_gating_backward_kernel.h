@@ -28,21 +28,27 @@ class GatingBackwardBlock : GatingBlock<element_t, score> {
   void operator()(int64_t s, int64_t t, float* of_logits, bool is_first, float* of_shift) {
     this->read(s, t);
     this->find_scores();
-    if (of_all_) this->find_distribution(true, given.grad_entropy != nullptr);
+    if (of_all_) this->find_distribution(true, given.grad_entropy != nullptr, given.grad_probs_sum);
     const int64_t row = s * given.T + t;
-    float* const g = reinterpret_cast<float*>(scratch.keys);  // [E, kLanes]
+    const Ints is_nan = given.zero_nan ? Ints{} : this->has_nan;
+    const Ints is_plain = this->present & ~this->is_infinite & ~is_nan;
+    const bool is_finished =
+        score == kSoftmax && is_first && of_shift == nullptr && !any(~is_plain);
+    float* const g = is_finished ? of_logits : reinterpret_cast<float*>(scratch.keys);
     const Floats of_chosen = given.grad_weights == nullptr ? Floats{} : find_chosen(row);
     if (of_all_)
-      write_dense(row, of_chosen, g);
+      given.grad_entropy == nullptr ? write_dense<false>(row, of_chosen, g)
+                                    : write_dense<true>(row, of_chosen, g);
     else
       for (int64_t i = 0; i < E * kLanes; ++i) g[i] = 0;
-    if (given.grad_weights != nullptr) add_chosen(row, g);
-    finish(g, of_logits, is_first, of_shift);
+    if (given.grad_weights != nullptr) add_chosen(g);
+    if (!is_finished) finish(g, is_plain, is_nan, of_logits, is_first, of_shift);
   }
 
  private:
   // One number of each row, 0 where there is no row.
   Floats of_rows(const float* from, int64_t row, int64_t stride) const {
+    if (stride == 1 && this->rows == kLanes) return load(from + row);
     float numbers[kLanes] = {};
     for (int l = 0; l < this->rows; ++l) numbers[l] = from[(row + l) * stride];
     return load(numbers);
@@ -66,42 +72,36 @@ class GatingBackwardBlock : GatingBlock<element_t, score> {
       const Floats dw = of_rows(given.grad_weights + j, row, k) * given.routed_scaling_factor;
       const Floats product = scratch.chosen[j] * dw;
       sum += product;
+      scratch.dw[j] = dw;
       if (!given.norm_topk_prob) scratch.chosen[j] = product;
     }
     if (!given.norm_topk_prob) return is_in_softmax_ ? sum : Floats{};
-    for (int64_t j = 0; j < k; ++j) {
-      const Floats dw = of_rows(given.grad_weights + j, row, k) * given.routed_scaling_factor;
-      scratch.chosen[j] *= dw - sum;
-    }
+    for (int64_t j = 0; j < k; ++j) scratch.chosen[j] *= scratch.dw[j] - sum;
     return Floats{};
   }
 
   // g <- p (dP - dot + dlse - dH (log p + H)), with log p + H = a - top + sum of p (top - a)
+  template <bool has_entropy>
   void write_dense(int64_t row, Floats of_chosen, float* g) {
     const Floats inverse = 1.0f / total;
     const float* const dP = given.grad_probs_sum;
-    Floats common = -of_chosen, dH{};
-    if (dP != nullptr) {
-      Floats dot{};
-      for (int64_t e = 0; e < E; ++e) dot += load(scratch.t + e * kLanes) * dP[e];
-      common -= dot * inverse;
-    }
+    Floats common = -of_chosen - (dP == nullptr ? Floats{} : this->dot * inverse), dH{};
     if (score == kSoftmax && given.grad_logsumexp != nullptr)
       common += of_rows(given.grad_logsumexp, row, 1);
-    if (given.grad_entropy != nullptr) {
+    if (has_entropy) {
       dH = of_rows(given.grad_entropy, row, 1);
       common += dH * this->weighed * inverse;
     }
     for (int64_t e = 0; e < E; ++e) {
       Floats x = common;
       if (dP != nullptr) x += dP[e];
-      if (given.grad_entropy != nullptr)
+      if (has_entropy)
         x -= dH * larger(load(this->a + e * kLanes) - this->top, floats(kLowestExponent));
       store(load(scratch.t + e * kLanes) * inverse * x, g + e * kLanes);
     }
   }
 
-  void add_chosen(int64_t row, float* g) {
+  void add_chosen(float* g) const {
     for (int64_t j = 0; j < given.k; ++j) {
       float more[kLanes];
       store(scratch.chosen[j], more);
@@ -110,9 +110,10 @@ class GatingBackwardBlock : GatingBlock<element_t, score> {
     }
   }
 
-  void finish(const float* g, float* of_logits, bool is_first, float* of_shift) {
-    const Ints is_nan = given.zero_nan ? Ints{} : this->has_nan;
-    const Ints is_plain = this->present & ~this->is_infinite & ~is_nan;
+  // From gradients by the log-scores to those by the logits, and into the sums.
+  void finish(
+      const float* g, Ints is_plain, Ints is_nan, float* of_logits, bool is_first, float* of_shift)
+      const {
     const bool all_plain = !any(~is_plain);
     const Floats nan = floats(__builtin_nanf(""));
     for (int64_t e = 0; e < E; ++e) {
@@ -132,21 +133,6 @@ class GatingBackwardBlock : GatingBlock<element_t, score> {
   const bool is_in_softmax_;  // the gradient of the weights goes through p
   const bool of_all_;         // experts that were not chosen have a gradient
 };
-
-// to [rows, E] <- the first rows of [E, kLanes]. `copy` [kLanes * E + kLanes] is between.
-template <typename element_t>
-inline void write_rows(const float* from, int64_t E, int rows, float* copy, element_t* to) {
-  // What lies past the end of a row is overwritten: by the next row, or by the next part of it.
-  for (int64_t e = (E - 1) / kLanes * kLanes; e >= 0; e -= kLanes) {
-    Floats x[kLanes];
-    for (int i = 0; i < kLanes; ++i) x[i] = load(from + (e + i) * kLanes);
-    transpose(x);
-    for (int l = 0; l < kLanes; ++l) store(x[l], copy + l * E + e);
-  }
-  const int64_t n = rows * E;
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) to[i] = convert<element_t>(copy[i]);
-}
 
 template <typename element_t, int score>
 void topk_gating_backward_kernel(
@@ -169,7 +155,10 @@ void topk_gating_backward_kernel(
     if (S == 0)
       for (int64_t i = 0; i < part; ++i) memory.sums[i] = 0;
     const int rows = int(given.T - t < kLanes ? given.T - t : kLanes);
-    write_rows(memory.sums, E, rows, memory.rows, to + t * E);
+    float* copy = memory.rows;
+    if constexpr (std::is_same_v<element_t, float>)
+      if (E % kLanes == 0 && rows == kLanes) copy = to + t * E;
+    write_rows(memory.sums, E, rows, copy, to + t * E);
   }
   if (grad_shift == nullptr) return;
   for (int64_t i = 0; i < S * E; ++i)

@@ -72,6 +72,8 @@ inline void best(const void* from, int64_t count, int64_t k, int32_t* ids, Float
   best<kMostChosen, of_numbers>(from, count, k, ids, chosen);
 }
 
+constexpr int64_t kCompared = 16;  // experts
+
 // The k best experts of every lane, one lane after the other.
 inline void best_by_row(int32_t* keys, int64_t E, int64_t k, int32_t* row_keys, int32_t* ids) {
   for (int l = 0; l < kLanes; ++l) {
@@ -189,45 +191,60 @@ class GatingForwardBlock : GatingBlock<element_t, score> {
     }
   }
 
+  // What is one number per row, to [R]
+  void write_numbers(Floats numbers, float* to) const {
+    if (this->rows == kLanes) return store(numbers, to);
+    float copy[kLanes];
+    store(numbers, copy);
+    for (int l = 0; l < this->rows; ++l) to[l] = copy[l];
+  }
+
+  // What is [k, kLanes], to [R, k]
+  template <typename number_t>
+  void write_chosen(const number_t* from, number_t* to) const {
+    constexpr int64_t kFewest = 5;  // to pay for transposing kLanes of them
+    const int64_t k = given.k;
+    if (k >= kFewest) {
+      const auto* const bits = reinterpret_cast<const float*>(from);
+      return write_rows(bits, k, this->rows, scratch.rows, reinterpret_cast<float*>(to));
+    }
+    for (int64_t j = 0; j < k; ++j)
+      for (int l = 0; l < this->rows; ++l) to[l * k + j] = from[j * kLanes + l];
+  }
+
   void write(int64_t row, int32_t* counts) {
     const int64_t k = given.k;
-    const int n = this->rows;
-    float numbers[kLanes];
-    if constexpr (score == kSoftmax) {
-      const Floats of_top = this->is_infinite ? this->highest : top;
-      store(shown(of_top + log_of(total), 0), numbers);
-    } else {
-      store(Floats{}, numbers);
-    }
-    std::memcpy(given.logsumexp + row, numbers, n * sizeof(float));
-    if (given.entropy != nullptr) {
-      store(shown(log_of(total) - this->weighed / total, 0), numbers);
-      std::memcpy(given.entropy + row, numbers, n * sizeof(float));
-    }
-    float* const weights = given.weights + row * k;
-    int32_t* const ids = given.ids + row * k;
+    Floats of_row{};
+    if (score == kSoftmax)
+      of_row = shown((this->is_infinite ? this->highest : top) + log_of(total), 0);
+    write_numbers(of_row, given.logsumexp + row);
+    if (given.entropy != nullptr)
+      write_numbers(shown(log_of(total) - this->weighed / total, 0), given.entropy + row);
+    auto* const weights = reinterpret_cast<float*>(scratch.chosen);
     for (int64_t j = 0; j < k; ++j) {
-      const int32_t* const chosen = scratch.ids + j * kLanes;
-      store(shown(scratch.chosen[j] * given.routed_scaling_factor, 0), numbers);
-      for (int l = 0; l < n; ++l) {
-        weights[l * k + j] = numbers[l];
-        ids[l * k + j] = chosen[l];
-      }
-      if (this->all_present) {
-        for (int l = 0; l < n; ++l) ++counts[chosen[l]];
-      }
+      store(shown(scratch.chosen[j] * given.routed_scaling_factor, 0), weights + j * kLanes);
+      if (this->all_present) continue;
+      const Ints ids = load(scratch.ids + j * kLanes);
+      store(this->present ? ids : ints(-1), scratch.ids + j * kLanes);
     }
-    if (this->all_present) return;
-    int32_t is_present[kLanes];
-    store(this->present, is_present);
-    for (int l = 0; l < n; ++l) {
-      for (int64_t j = 0; j < k; ++j) {
-        if (is_present[l] != 0)
-          ++counts[ids[l * k + j]];
-        else
-          ids[l * k + j] = -1;
+    write_chosen(weights, given.weights + row * k);
+    write_chosen(scratch.ids, given.ids + row * k);
+    count(counts);
+  }
+
+  // Few experts by comparing, which increments of one counter after the other take longer than.
+  void count(int32_t* counts) const {
+    const int64_t k = given.k;
+    if (E <= kCompared) {
+      for (int32_t e = 0; e < E; ++e) {
+        Ints sum = load(scratch.counts + e * kLanes);
+        for (int64_t j = 0; j < k; ++j) sum -= load(scratch.ids + j * kLanes) == e;
+        store(sum, scratch.counts + e * kLanes);
       }
+      return;
     }
+    for (int64_t i = 0; i < k * kLanes; ++i)
+      if (scratch.ids[i] >= 0) ++counts[scratch.ids[i]];
   }
 
   void add_distribution() {
@@ -242,10 +259,11 @@ class GatingForwardBlock : GatingBlock<element_t, score> {
 };
 
 // sums [E] += the sums over lanes of [E, kLanes]
-inline void add_lanes(const float* lanes, int64_t E, double* sums) {
+template <typename number_t, typename sum_t>
+inline void add_lanes(const number_t* lanes, int64_t E, sum_t* sums) {
   for (int64_t e = 0; e < E; ++e) {
-    double sum = 0;
-    for (int l = 0; l < kLanes; ++l) sum += double(lanes[e * kLanes + l]);
+    sum_t sum = 0;
+    for (int l = 0; l < kLanes; ++l) sum += sum_t(lanes[e * kLanes + l]);
     sums[e] += sum;
   }
 }
@@ -260,11 +278,14 @@ void topk_gating_kernel(
     double* probs_sum,
     int32_t* counts) {
   const GatingScratch memory(scratch, given.E);
-  if (given.has_probs_sum)
-    for (int64_t i = 0; i < given.E * kLanes; ++i) memory.sums[i] = 0;
+  for (int64_t i = 0; i < given.E * kLanes; ++i) {
+    memory.sums[i] = 0;
+    memory.counts[i] = 0;
+  }
   GatingForwardBlock<element_t, score> block(given, memory);
   for (int64_t t = begin; t < end; t += kLanes) block(s, t, counts);
   if (given.has_probs_sum) add_lanes(memory.sums, given.E, probs_sum);
+  add_lanes(memory.counts, given.E, counts);
 }
 
 }  // namespace

@@ -62,9 +62,9 @@ using GatingBackwardKernel = void(
     float* shift_sums /* [S, E, kGatingRows] if there is grad_shift */,
     double* grad_shift /* or nullptr */);
 
-// Eight numbers for each expert of each of kGatingRows rows, experts padded: see GatingScratch.
+// Ten numbers for each expert of each of kGatingRows rows, experts padded: see GatingScratch.
 inline int64_t gating_scratch(int64_t E) {
-  return 8 * (((E + 15) / 16) * 16 + 16) * kGatingRows;
+  return 10 * (((E + 15) / 16) * 16 + 16) * kGatingRows;
 }
 
 // The k experts of the largest keys [E], a tie to the lowest; one row. Keys are replaced.

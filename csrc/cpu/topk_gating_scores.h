@@ -40,11 +40,11 @@ inline Floats slope_of(Floats z) {
 
 // Memory of a task, in kLanes numbers per expert.
 struct GatingScratch {
-  float *z, *a, *t;     // [E padded, kLanes]
-  float* sums;          // [E padded, kLanes], over the task
-  int32_t *keys, *ids;  // [E padded, kLanes]
-  Floats* chosen;       // [k]
-  float* rows;          // [kLanes * E + kLanes]
+  float *z, *a, *t;              // [E padded, kLanes]
+  float* sums;                   // [E padded, kLanes], over the task
+  int32_t *keys, *ids, *counts;  // [E padded, kLanes]
+  Floats *chosen, *dw;           // [k]
+  float* rows;                   // [kLanes * E + kLanes]
 
   GatingScratch(float* scratch, int64_t E) {
     const int64_t part = ((E + 15) / 16 * 16 + 16) * kGatingRows;
@@ -56,8 +56,27 @@ struct GatingScratch {
     ids = keys + part;
     chosen = reinterpret_cast<Floats*>(ids + part);
     rows = sums + 4 * part;
+    dw = reinterpret_cast<Floats*>(sums + 5 * part);
+    counts = keys + 5 * part;
   }
 };
+
+// to [rows, n] <- the first rows of [n, kLanes]. `copy` [kLanes * n + kLanes] is between, or `to`.
+template <typename element_t>
+inline void write_rows(const float* from, int64_t n, int rows, float* copy, element_t* to) {
+  // What lies past the end of a row is overwritten: by the next row, or by the next part of it.
+  for (int64_t e = (n - 1) / kLanes * kLanes; e >= 0; e -= kLanes) {
+    Floats x[kLanes];
+    for (int i = 0; i < kLanes; ++i) x[i] = load(from + (e + i) * kLanes);
+    transpose(x);
+    for (int l = 0; l < kLanes; ++l) store(x[l], copy + l * n + e);
+  }
+  if constexpr (std::is_same_v<element_t, float>)
+    if (copy == to) return;
+  const int64_t size = rows * n;
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) to[i] = convert<element_t>(copy[i]);
+}
 
 // One number of each row out of [E, kLanes], by the ids of the rows.
 inline Floats pick(const float* from, const int32_t* ids /* [kLanes] */) {
@@ -79,6 +98,7 @@ struct GatingBlock {
   Floats top{};      // log-score, or 0 where the log-scores are relative to nothing finite
   Floats total{};    // sum of exp(a - top), 1 where it would be 0
   Floats weighed{};  // sum of exp(a - top) (a - top)
+  Floats dot{};      // sum of exp(a - top) times what find_distribution() was given
   // [padded, kLanes]; where the largest is +inf, 0 for all that are and -inf for the others
   const float* a = nullptr;
 
@@ -101,6 +121,8 @@ struct GatingBlock {
   void find_present(int64_t t) {
     rows = int(given.T - t < kLanes ? given.T - t : kLanes);
     all_present = rows == kLanes;
+    present = ints(-1);
+    if (all_present && given.mask == nullptr) return;
     int32_t is_present[kLanes];
     for (int l = 0; l < kLanes; ++l) {
       is_present[l] = l < rows && (given.mask == nullptr || given.mask[t + l]) ? -1 : 0;
@@ -154,28 +176,34 @@ struct GatingBlock {
     top = is_infinite ? Floats{} : log_score_of<score>(highest);
   }
 
-  // exp(a - top), into t if `keeps`.
-  template <bool keeps, bool weighs>
-  void find_distribution() {
-    Floats sum[4] = {}, sum_weighed[4] = {};
+  // exp(a - top), into t if `keeps`; the sum over experts of it, of it times a - top if `weighs`,
+  // of it times by [E] if there is such.
+  template <bool keeps, bool weighs, bool has_by>
+  void find_distribution(const float* by) {
+    Floats sum[4] = {}, sum_weighed[4] = {}, sum_by[4] = {};
     for (int64_t e = 0; e < padded; e += 4) {
       for (int i = 0; i < 4; ++i) {
         const Floats d = load(a + (e + i) * kLanes) - top;
         const Floats t = exp_of(d);
         sum[i] += t;
         if (weighs) sum_weighed[i] += t * larger(d, floats(kLowestExponent));
+        if (has_by) sum_by[i] += t * by[e + i < E ? e + i : 0];  // the others' t is 0
         if (keeps) store(t, scratch.t + (e + i) * kLanes);
       }
     }
     total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
     total = total == 0.0f ? floats(1) : total;
     if (weighs) weighed = (sum_weighed[0] + sum_weighed[1]) + (sum_weighed[2] + sum_weighed[3]);
+    if (has_by) dot = (sum_by[0] + sum_by[1]) + (sum_by[2] + sum_by[3]);
   }
-  void find_distribution(bool keeps, bool weighs) {
-    if (keeps)
-      weighs ? find_distribution<true, true>() : find_distribution<true, false>();
+  void find_distribution(bool keeps, bool weighs, const float* by = nullptr) {
+    if (by != nullptr)
+      weighs ? find_distribution<true, true, true>(by) : find_distribution<true, false, true>(by);
+    else if (keeps)
+      weighs ? find_distribution<true, true, false>(by) : find_distribution<true, false, false>(by);
     else
-      weighs ? find_distribution<false, true>() : find_distribution<false, false>();
+      weighs ? find_distribution<false, true, false>(by)
+             : find_distribution<false, false, false>(by);
   }
 
   // The k weights without factor, from the logits of the chosen, in place.
