@@ -77,7 +77,7 @@ def moe_unpermute(
     except RuntimeError as error:
         raise_as_value_error("moe_unpermute", error)
         raise
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not out.is_inference():
         torch.autograd.graph.increment_version(out)
     return out
 
