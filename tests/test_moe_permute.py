@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from m2ae_kernels import moe_permute, moe_sort, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-WIDTHS = [1, 16, 1000, 1031]
+WIDTHS = [0, 1, 16, 1000, 1031]
 
 
 def rows_by_loops(x, routing, k):

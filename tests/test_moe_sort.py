@@ -176,6 +176,14 @@ def test_bad_ids_raise_on_the_cpu(bad, op):
             op(ids, 4, capacity=1, drop_policy="slot", align=8)
 
 
+def test_bad_ids_raise_where_compiled():
+    compiled = torch.compile(moe_sort, fullgraph=True, backend="aot_eager")
+    ids = distinct_ids(6, 2, 4)
+    assert_routing(compiled(ids, 4), routing_by_loops(ids.tolist(), 4))
+    with pytest.raises(RuntimeError, match=r"moe_sort: expected ids in \[-1, E = 4\), got 9"):
+        compiled(torch.full_like(ids, 9), 4)
+
+
 def test_bad_ids_are_skipped_on_cuda(impl, request):
     if not request.node.callspec.params["impl"].startswith(("cuda", "emulated")):
         pytest.skip("on the CPU they raise")

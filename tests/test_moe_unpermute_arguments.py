@@ -77,13 +77,14 @@ def test_rejects_types():
 def test_rejects_out_in_the_memory_of_inputs():
     memory = torch.zeros(60)
     out = memory[:20].view(4, 5)
-    for y, residual, name in [
-        (memory[15:55].view(8, 5), None, "y"),
-        (Y, memory[5:25].view(4, 5), "residual"),
-        (Y, memory[:20].view(5, 4).t(), "residual"),  # the same memory in another order
+    for y, weights, residual, name in [
+        (memory[15:55].view(8, 5), None, None, "y"),
+        (Y, memory[19:27].view(4, 2), None, "topk_weights"),
+        (Y, None, memory[5:25].view(4, 5), "residual"),
+        (Y, None, memory[:20].view(5, 4).t(), "residual"),  # the same memory in another order
     ]:
         with pytest.raises(ValueError, match=f"expected out apart from {name}, got shared memory"):
-            moe_unpermute(y, ROUTING, residual=residual, out=out)
+            moe_unpermute(y, ROUTING, weights, residual=residual, out=out)
     behind = memory[20:60].view(8, 5)
     assert moe_unpermute(behind, ROUTING, out=out) is out
 

@@ -28,6 +28,9 @@ def test_out(impl):
     assert_close(residual, added)
     with torch.no_grad():  # where tensors that require a gradient are welcome
         assert_close(op(y, routing, weights, out=out), plain)
+    with torch.inference_mode():  # whose tensors have no version
+        inferred = torch.empty_like(plain)
+        assert_close(op(*inputs, out=inferred), plain)
     empty = moe_sort(torch.empty(0, 2, dtype=torch.int32, device=device), 3)
     nothing = torch.empty(0, 50, device=device)
     assert op(nothing, empty, out=torch.empty_like(nothing)).shape == (0, 50)

@@ -5,9 +5,9 @@
 // moe_unpermute_kernel.h. So neither depends on the number of threads.
 #include <torch/csrc/stable/library.h>
 
-#include <cstring>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "isa.h"
 #include "moe_permute_rows.h"

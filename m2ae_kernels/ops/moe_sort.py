@@ -71,8 +71,9 @@ def moe_sort(
     Dropping does not renormalise: divide the weights by their sum over `inverse_ids >= 0` for that.
 
     Raises:
-        ValueError: a shape or a number does not fit; on the CPU also an id outside [-1, E). On CUDA
-            such an id is skipped, as finding it out would stop the device.
+        ValueError: a shape or a number does not fit; on the CPU also an id outside [-1, E) (where
+            compiled: RuntimeError). On CUDA such an id is skipped, as looking for it would stop the
+            device.
         TypeError: a dtype or a device is not as above.
     """
     if topk_weights is not None:

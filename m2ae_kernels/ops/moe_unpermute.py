@@ -72,12 +72,12 @@ def moe_unpermute(
     try:
         if out is None:
             return torch.ops.m2ae_kernels.moe_unpermute(*inputs)
-        _check_overlap(out, y, residual)
+        _check_overlap(out, y, topk_weights, residual)
         torch.ops.m2ae_kernels.moe_unpermute_out(*inputs, out)
     except RuntimeError as error:
         raise_as_value_error("moe_unpermute", error)
         raise
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not out.is_inference():
         torch.autograd.graph.increment_version(out)
     return out
 
@@ -98,11 +98,14 @@ def reference(
     return result if out is None else out.copy_(result)
 
 
-def _check_overlap(out: Tensor, y: Tensor, residual: Tensor | None) -> None:
+def _check_overlap(
+    out: Tensor, y: Tensor, topk_weights: Tensor | None, residual: Tensor | None
+) -> None:
     """`out` may be the residual itself; else a row would be read after it was written."""
     if torch.compiler.is_compiling() or out.numel() == 0:
         return  # tracers see no memory
-    for name, tensor in (("y", y), ("residual", residual)):
+    inputs = (("y", y), ("topk_weights", topk_weights), ("residual", residual))
+    for name, tensor in inputs:
         if tensor is None or tensor.numel() == 0:
             continue
         itself = tensor.data_ptr() == out.data_ptr() and tensor.stride() == out.stride()
