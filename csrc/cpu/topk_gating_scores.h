@@ -9,17 +9,17 @@ namespace m2ae::cpu {
 namespace {
 
 // exp(-|z|)
-inline Floats decay_of(Floats z) {
+M2AE_VECTOR_INLINE Floats decay_of(Floats z) {
   return exp_of((Floats)((Ints)z | INT32_MIN));
 }
-inline Floats larger(Floats a, Floats b) {
+M2AE_VECTOR_INLINE Floats larger(Floats a, Floats b) {
   return a > b ? a : b;
 }
 constexpr float kFar = -20.0f;  // as in _topk_gating_reference.py
 
 // The log-score of z, which is no NaN.
 template <int score>
-inline Floats log_score_of(Floats z) {
+M2AE_VECTOR_INLINE Floats log_score_of(Floats z) {
   if constexpr (score == kSoftmax) return z;
   const Floats t = decay_of(z), rest = log1p_of(t);
   if constexpr (score == kSigmoid) return (z < 0.0f ? z : Floats{}) - rest;
@@ -29,7 +29,7 @@ inline Floats log_score_of(Floats z) {
 
 // Its derivative.
 template <int score>
-inline Floats slope_of(Floats z) {
+M2AE_VECTOR_INLINE Floats slope_of(Floats z) {
   if constexpr (score == kSoftmax) return floats(1);
   const Floats t = decay_of(z), one = floats(1);
   if constexpr (score == kSigmoid) return (z < 0.0f ? one : t) / (1.0f + t);
