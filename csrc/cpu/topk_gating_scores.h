@@ -38,13 +38,15 @@ M2AE_VECTOR_INLINE Floats slope_of(Floats z) {
   return 0.5f * (z < kFar ? 1.0f - 0.5f * t : near);
 }
 
-// Memory of a task, in kLanes numbers per expert.
+// Memory of a task. Each part is [E padded to 16 and 16 more, kGatingRows] numbers; all but rows
+// hold kLanes numbers per expert, group or choice.
 struct GatingScratch {
-  float *z, *a, *t;              // [E padded, kLanes]
-  float* sums;                   // [E padded, kLanes], over the task
-  int32_t *keys, *ids, *counts;  // [E padded, kLanes]
-  Floats *chosen, *dw;           // [k]
-  float* rows;                   // [kLanes * E + kLanes]
+  float *z, *a, *t;     // logits, log-scores, exp(a - top)
+  float* sums;          // over the rows of the task
+  int32_t *keys, *ids;  // of experts; of the chosen
+  Floats *chosen, *dw;  // logits of the chosen, then weights; gradients of the weights
+  float* rows;          // [kLanes * E + kLanes], on the way from and to memory
+  int32_t* counts;      // of the rows of the task
 
   GatingScratch(float* scratch, int64_t E) {
     const int64_t part = ((E + 15) / 16 * 16 + 16) * kGatingRows;
