@@ -61,7 +61,9 @@ def test_all_groups_or_one_are_no_groups(impl):
 def test_groups_of_one_expert(impl):
     op, device = impl
     logits = torch.randn(20, 12, device=device)
-    plain = op(logits, 4, **ALL)
+    plain = op(logits, 11, **ALL)
+    grouped = op(logits, 11, n_group=12, topk_group=11, group_score="max", **ALL)
+    assert all(map(torch.equal, plain, grouped))
     for k in (4, 3):  # k of the 4 experts that are left
         grouped = op(logits, k, n_group=12, topk_group=4, group_score="max", **ALL)
         assert torch.equal(grouped.topk_ids, plain.topk_ids[:, :k])

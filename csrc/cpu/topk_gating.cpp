@@ -62,6 +62,24 @@ void run_forward(
   add_up(sums, tasks, E, probs_sum, counts);
 }
 
+// What the loops rely on; the public function says it better.
+void check_choice(const GatingForward& given, int64_t score_function) {
+  const int64_t E = given.E, k = given.k, G = given.n_group, kept = given.topk_group;
+  STD_TORCH_CHECK(
+      E <= 1024 && 1 <= k && k <= E && 0 <= score_function && score_function < kScoreFunctions,
+      "topk_gating: expected E <= 1024, 1 <= top_k <= E and a score function, got E = ",
+      E,
+      ", top_k = ",
+      k);
+  STD_TORCH_CHECK(
+      G >= 1 && E % G == 0 && 1 <= kept && kept <= G && 1 <= given.group_best &&
+          given.group_best <= E / G && k <= kept * (E / G),
+      "topk_gating: expected groups with top_k experts, got n_group = ",
+      G,
+      ", topk_group = ",
+      kept);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_gating_cpu(
     const Tensor& logits /* [T, E] */,
     const std::optional<Tensor>& logit_shift,  // [S, E]
@@ -80,20 +98,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_gating_cpu(
   const GatingTensors tensors(logits, logit_shift, token_mask);
   GatingForward given{tensors.input};
   const int64_t E = given.E, R = given.S * given.T;
-  STD_TORCH_CHECK(
-      E <= 1024 && 1 <= top_k && top_k <= E && 0 <= score_function &&
-          score_function < kScoreFunctions,
-      "topk_gating: expected E <= 1024, 1 <= top_k <= E and a score function, got E = ",
-      E,
-      ", top_k = ",
-      top_k);
-  STD_TORCH_CHECK(
-      n_group >= 1 && E % n_group == 0 && topk_group >= 1 && topk_group <= n_group &&
-          group_best >= 1 && group_best <= E / n_group && top_k <= topk_group * (E / n_group),
-      "topk_gating: expected groups with top_k experts, got n_group = ",
-      n_group,
-      ", topk_group = ",
-      topk_group);
+  given.k = top_k;
+  given.n_group = n_group;
+  given.topk_group = topk_group;
+  given.group_best = group_best;
+  check_choice(given, score_function);
   std::optional<Tensor> bias;
   if (expert_bias) bias = gating_tensor("expert_bias", *expert_bias, ScalarType::Float, E);
   constexpr ScalarType kFloat = ScalarType::Float, kInt = ScalarType::Int;
@@ -104,14 +113,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_gating_cpu(
   Tensor probs_sum = torch::stable::new_empty(logits, {return_probs_sum ? E : 0}, kFloat);
   Tensor counts = torch::stable::new_empty(logits, {E}, kInt);
 
-  given.k = top_k;
   given.norm_topk_prob = norm_topk_prob;
   given.zero_nan = zero_nan;
   given.routed_scaling_factor = float(routed_scaling_factor);
   given.bias = bias ? bias->const_data_ptr<float>() : nullptr;
-  given.n_group = n_group;
-  given.topk_group = topk_group;
-  given.group_best = group_best;
   given.weights = weights.mutable_data_ptr<float>();
   given.ids = ids.mutable_data_ptr<int32_t>();
   given.logsumexp = logsumexp.mutable_data_ptr<float>();

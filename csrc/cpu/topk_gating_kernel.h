@@ -160,9 +160,10 @@ class GatingForwardBlock : GatingBlock<element_t, score> {
   // Experts of the other groups get no key.
   void leave_best_groups(const float* scores) {
     const int64_t G = given.n_group, size = E / G, n = given.group_best, kept = given.topk_group;
-    // Sorted lists as in push(), but of any length: of the best of a group, then of groups.
+    // Sorted lists: of the best of a group, then of groups, at most E either way.
     auto* const list = reinterpret_cast<int32_t*>(scratch.rows);
-    int32_t *const group_keys = scratch.ids, *const group_ids = list + E * kLanes / 2;
+    auto* const group_ids = reinterpret_cast<int32_t*>(scratch.dw);
+    int32_t* const group_keys = scratch.ids;
     for (int64_t g = 0; g < G; ++g) {
       for (int64_t j = 0; j < n; ++j) store(ints(kNoKey), list + j * kLanes);
       for (int64_t e = g * size; e < (g + 1) * size; ++e)

@@ -9,17 +9,17 @@ namespace m2ae::cpu {
 namespace {
 
 // exp(-|z|)
-inline Floats decay_of(Floats z) {
+M2AE_VECTOR_INLINE Floats decay_of(Floats z) {
   return exp_of((Floats)((Ints)z | INT32_MIN));
 }
-inline Floats larger(Floats a, Floats b) {
+M2AE_VECTOR_INLINE Floats larger(Floats a, Floats b) {
   return a > b ? a : b;
 }
 constexpr float kFar = -20.0f;  // as in _topk_gating_reference.py
 
 // The log-score of z, which is no NaN.
 template <int score>
-inline Floats log_score_of(Floats z) {
+M2AE_VECTOR_INLINE Floats log_score_of(Floats z) {
   if constexpr (score == kSoftmax) return z;
   const Floats t = decay_of(z), rest = log1p_of(t);
   if constexpr (score == kSigmoid) return (z < 0.0f ? z : Floats{}) - rest;
@@ -29,7 +29,7 @@ inline Floats log_score_of(Floats z) {
 
 // Its derivative.
 template <int score>
-inline Floats slope_of(Floats z) {
+M2AE_VECTOR_INLINE Floats slope_of(Floats z) {
   if constexpr (score == kSoftmax) return floats(1);
   const Floats t = decay_of(z), one = floats(1);
   if constexpr (score == kSigmoid) return (z < 0.0f ? one : t) / (1.0f + t);
@@ -38,13 +38,15 @@ inline Floats slope_of(Floats z) {
   return 0.5f * (z < kFar ? 1.0f - 0.5f * t : near);
 }
 
-// Memory of a task, in kLanes numbers per expert.
+// Memory of a task. Each part is [E padded to 16 and 16 more, kGatingRows] numbers; all but rows
+// hold kLanes numbers per expert, group or choice.
 struct GatingScratch {
-  float *z, *a, *t;              // [E padded, kLanes]
-  float* sums;                   // [E padded, kLanes], over the task
-  int32_t *keys, *ids, *counts;  // [E padded, kLanes]
-  Floats *chosen, *dw;           // [k]
-  float* rows;                   // [kLanes * E + kLanes]
+  float *z, *a, *t;     // logits, log-scores, exp(a - top)
+  float* sums;          // over the rows of the task
+  int32_t *keys, *ids;  // of experts; of the chosen
+  Floats *chosen, *dw;  // logits of the chosen, then weights; gradients of the weights
+  float* rows;          // [kLanes * E + kLanes], on the way from and to memory
+  int32_t* counts;      // of the rows of the task
 
   GatingScratch(float* scratch, int64_t E) {
     const int64_t part = ((E + 15) / 16 * 16 + 16) * kGatingRows;

@@ -8,6 +8,9 @@
 #define M2AE_VECTOR_BYTES 16
 #endif
 
+// The compiler would call the longer of these functions, and keep no vector in a register over it.
+#define M2AE_VECTOR_INLINE inline __attribute__((always_inline))
+
 namespace m2ae::cpu {
 namespace {
 
@@ -18,27 +21,27 @@ typedef int32_t Ints __attribute__((vector_size(M2AE_VECTOR_BYTES)));
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLowestExponent = -87.3f;  // exp() of less is below the smallest normal number
 
-inline Floats floats(float x) {
+M2AE_VECTOR_INLINE Floats floats(float x) {
   return x - Floats{};
 }
-inline Ints ints(int32_t x) {
+M2AE_VECTOR_INLINE Ints ints(int32_t x) {
   return x - Ints{};
 }
-inline Floats load(const float* from) {
+M2AE_VECTOR_INLINE Floats load(const float* from) {
   Floats x;
   std::memcpy(&x, from, sizeof x);
   return x;
 }
-inline Ints load(const int32_t* from) {
+M2AE_VECTOR_INLINE Ints load(const int32_t* from) {
   Ints x;
   std::memcpy(&x, from, sizeof x);
   return x;
 }
 template <typename Vector, typename T>
-inline void store(Vector x, T* to) {
+M2AE_VECTOR_INLINE void store(Vector x, T* to) {
   std::memcpy(to, &x, sizeof x);
 }
-inline bool any(Ints mask) {
+M2AE_VECTOR_INLINE bool any(Ints mask) {
   uint64_t words[sizeof(Ints) / 8], all = 0;
   std::memcpy(words, &mask, sizeof mask);
   for (uint64_t word : words) all |= word;
@@ -46,7 +49,7 @@ inline bool any(Ints mask) {
 }
 
 template <int h, int... lane>
-inline void exchange(Floats& a, Floats& b, std::integer_sequence<int, lane...>) {
+M2AE_VECTOR_INLINE void exchange(Floats& a, Floats& b, std::integer_sequence<int, lane...>) {
 #if defined(__clang__)
   const Floats low = __builtin_shufflevector(a, b, ((lane & h) ? kLanes + lane - h : lane)...);
   b = __builtin_shufflevector(a, b, ((lane & h) ? kLanes + lane : lane + h)...);
@@ -59,7 +62,7 @@ inline void exchange(Floats& a, Floats& b, std::integer_sequence<int, lane...>) 
 
 // Swaps the blocks of h x h beside the diagonal, then those within the blocks.
 template <int h = kLanes / 2>
-inline void transpose(Floats (&rows)[kLanes]) {
+M2AE_VECTOR_INLINE void transpose(Floats (&rows)[kLanes]) {
   for (int i = 0; i < kLanes; ++i)
     if ((i & h) == 0) exchange<h>(rows[i], rows[i + h], std::make_integer_sequence<int, kLanes>());
   if constexpr (h > 1) transpose<h / 2>(rows);
@@ -69,7 +72,7 @@ constexpr float kLog2E = 0x1.715476p+0f;
 constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;  // times n: the first is exact
 
 // exp(x) of x <= 88; 0 where that is below the smallest normal number.
-inline Floats exp_of(Floats x) {
+M2AE_VECTOR_INLINE Floats exp_of(Floats x) {
   const Floats clamped = x > kLowestExponent ? x : floats(kLowestExponent);
   const Floats rounded = clamped * kLog2E + kRounder;
   const Floats n = rounded - kRounder;
@@ -85,7 +88,7 @@ inline Floats exp_of(Floats x) {
 }
 
 // log(x) of normal x > 0; +inf of +inf. Relative error below 2e-7, also near 1.
-inline Floats log_of(Floats x) {
+M2AE_VECTOR_INLINE Floats log_of(Floats x) {
   const Ints bits = (Ints)x;
   const Ints exponent = (bits - 0x3f3504f3) >> 23;  // of x / sqrt(1/2)
   const Floats m = (Floats)(bits - (exponent << 23));
@@ -97,7 +100,7 @@ inline Floats log_of(Floats x) {
 }
 
 // log(1 + t) of t in [0, 1]: what 1 + t rounds away comes back by the slope.
-inline Floats log1p_of(Floats t) {
+M2AE_VECTOR_INLINE Floats log1p_of(Floats t) {
   const Floats u = 1.0f + t;
   return log_of(u) + (t - (u - 1.0f)) / u;
 }
@@ -105,12 +108,12 @@ inline Floats log1p_of(Floats t) {
 // The integer that is larger for the larger number: NaN, -inf, ..., -0 and 0, ..., inf. All are
 // above kNoKey.
 constexpr int32_t kNoKey = INT32_MIN;
-inline Ints key_of(Floats x) {
+M2AE_VECTOR_INLINE Ints key_of(Floats x) {
   const Ints bits = (Ints)(x + 0.0f);  // -0 + 0 = 0
   const Ints key = bits ^ ((bits >> 31) & INT32_MAX);
   return x == x ? key : ints(kNoKey + 1);
 }
-inline Floats number_of(Ints key) {
+M2AE_VECTOR_INLINE Floats number_of(Ints key) {
   return (Floats)(key ^ ((key >> 31) & INT32_MAX));  // of kNoKey + 1 it is a NaN
 }
 
