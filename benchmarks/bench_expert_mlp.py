@@ -1,7 +1,8 @@
 """expert_mlp against the layers that users write: benchmarks/moe_layers.py.
 
-`python benchmarks/bench_expert_mlp.py [--threads N]` takes turns between the rivals, forward and
-backward, which is what a ratio on a shared machine needs, and adds the peak memory of one call.
+`python benchmarks/bench_expert_mlp.py [--threads N]` lets the rivals take turns, forward and
+backward, which is what a ratio on a shared machine needs, and adds the peak memory of one call,
+without the gradients that it returns.
 """
 
 import argparse
