@@ -1,22 +1,26 @@
 """expert_mlp against the layers that users write: benchmarks/moe_layers.py.
 
-`python benchmarks/bench_expert_mlp.py [--threads N]` takes turns between the rivals, forward and
-backward, which is what a ratio on a shared machine needs, and adds the peak memory of one call.
+`python benchmarks/bench_expert_mlp.py [--threads N]` lets the rivals take turns, forward and
+backward, which is what a ratio on a shared machine needs, and adds the peak memory of one call,
+without the gradients that it returns.
 """
 
 import argparse
-import statistics
-import subprocess
-import sys
-import time
 
 import moe_layers
 import pytest
+import side_by_side
 import torch
 
 from m2ae_kernels import expert_mlp
 
-IMPLS = ("eager loop", "m2ae_kernels", "grouped_mm", "all experts")
+LAYER = (512, 2048, 12, 4)  # D, H, E, k
+RIVALS = {
+    "eager loop": moe_layers.loop,
+    "grouped_mm": moe_layers.torch_grouped_mm,
+    "all experts": moe_layers.all_experts,
+}
+IMPLS = ("m2ae_kernels", *RIVALS)
 
 
 def inputs_of(T, D, H, E, k, dtype, device="cpu"):
@@ -75,55 +79,40 @@ def bench_expert_mlp(T, D, H, E, k, impl, direction, device, bench):
     bench(group, fn, flops=passes * 4 * T * k * D * H, impl=impl)
 
 
-def peak_mb(impl, shape, dtype, threads):
-    """What one call adds to the largest memory of a fresh process that has made a tiny one."""
-    code = (
-        "import resource, sys, torch; sys.path[:0] = ['benchmarks']; import bench_expert_mlp as b\n"
-        f"torch.set_num_threads({threads})\n"
-        f"b.call_of({impl!r}, 8, 64, 64, 2, 1, {dtype}, 'cpu', 'both')()\n"
-        f"call = b.call_of({impl!r}, *{shape}, {dtype}, 'cpu', 'both')\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "grads = call()\n"
-        "after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "print((after - before) / 1024, sum(g.nbytes for g in grads) / 2**20)\n"
-    )
-    output = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    peak, gradients = map(float, output.stdout.split())
-    return peak - gradients
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--impls", nargs="+", default=list(IMPLS))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--directions", nargs="+", default=["forward", "both"])
+    parser.add_argument(
+        "--peak", metavar="IMPL", help="print the peak memory of a call, without gradients"
+    )
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     dtype = getattr(torch, given.dtype)
+    if given.peak:
+        call_of(given.peak, 64, 64, 64, 2, 1, dtype, "cpu", "both")()  # what is loaded once
+        call = call_of(given.peak, given.tokens[0], *LAYER, dtype, "cpu", "both")
+        grads = []
+        peak = side_by_side.peak_mb(lambda: grads.extend(call()))
+        print(peak - sum(grad.nbytes for grad in grads) / 1e6)
+        return
+    print(side_by_side.machine("cpu"))
     for T in given.tokens:
-        shape = (T, 512, 2048, 12, 4)
         for direction in given.directions:
-            calls = {i: call_of(i, *shape, dtype, "cpu", direction) for i in given.impls}
-            times = {impl: [] for impl in calls}
-            for turn in range(given.rounds + 1):
-                for impl, call in calls.items():
-                    start = time.perf_counter()
-                    call()
-                    if turn > 0:
-                        times[impl].append(time.perf_counter() - start)
-            ours = statistics.median(times["m2ae_kernels"])
-            print(f"T, D, H, E, k = {shape}, {given.dtype}, {given.threads} threads, {direction}")
-            for impl, seconds in times.items():
-                median = statistics.median(seconds)
-                peak = f"{peak_mb(impl, shape, dtype, given.threads):8.0f} MB" * (
-                    direction == "both"
-                )
-                print(f"  {impl:14} {median * 1e3:8.1f} ms {median / ours:6.2f}x ours {peak}")
+            calls = {i: call_of(i, T, *LAYER, dtype, "cpu", direction) for i in given.impls}
+            print(f"T = {T}, D, H, E, k = {LAYER}, {given.dtype}, {direction}")
+            table = side_by_side.compare(calls, "m2ae_kernels", seconds=given.seconds)
+            for impl, (ms, ratio) in table.items():
+                flags = ("--threads", given.threads, "--dtype", given.dtype, "--tokens", T)
+                line = f"  {impl:14} {ms:8.1f} ms  {ratio:5.2f}x ours"
+                if direction == "both":
+                    peak = side_by_side.in_fresh_process(__file__, *flags, "--peak", impl)
+                    line += f"  {peak:6.0f} MB"
+                print(line)
 
 
 if __name__ == "__main__":

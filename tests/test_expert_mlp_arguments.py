@@ -75,8 +75,9 @@ def test_one_dtype():
     refuses(TypeError, match, changes={"w2": lambda t: t.bfloat16()})
     match = r"expected x in float32, .* got torch.float64; m2ae_kernels.reference.expert_mlp takes"
     refuses(TypeError, match, changes={"x": lambda t: t.double()})
-    match = r"expected topk_weights in float32, float64, got torch.bfloat16"
-    refuses(TypeError, match, changes={"topk_weights": lambda t: t.bfloat16()})
+    for dtype in (torch.bfloat16, torch.float64):
+        match = f"expected topk_weights in float32, got {dtype}"
+        refuses(TypeError, match, changes={"topk_weights": lambda t, dtype=dtype: t.to(dtype)})
     refuses(TypeError, "expected seed in int64", seed=torch.zeros(2), dropout_p=0.1)
 
 
@@ -101,3 +102,22 @@ def test_ids_and_routing():
         ({"inverse_ids": good.inverse_ids.to("meta")}, TypeError, r"on the device of x"),
     ):
         refuses(error, f"expert_mlp: expected .*{match}", routing=good._replace(**change))
+
+
+@pytest.mark.parametrize(
+    "name,index,value",
+    [
+        ("sorted_ids", 0, 8),
+        ("sorted_ids", 3, -2),
+        ("inverse_ids", (0, 0), 8),
+        ("inverse_ids", (3, 1), -2),
+        ("expert_offsets", 3, 9),
+        ("expert_offsets", 0, -1),
+        ("expert_offsets", 1, 9),
+    ],
+)
+def test_routing_that_points_outside(name, index, value):
+    _, ids = case_of(4, 6, 7, 5, 3, 2)
+    bad = routing_of(ids, 3)
+    getattr(bad, name)[index] = value
+    refuses(ValueError, "expert_mlp: expected a routing as moe_sort returns it", routing=bad)

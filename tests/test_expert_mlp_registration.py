@@ -274,6 +274,25 @@ def test_repeats_bit_for_bit(impl):
         assert all(map(torch.equal, first, result))
 
 
+def test_threads_change_nothing(impl):
+    op, device = impl
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        # Groups of rows, splits of hidden channels and experts, more and fewer than threads.
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            torch.manual_seed(0)
+            inputs, ids = case_of(600, 20, 600, 12, 2, 1, device=device, S=2)
+            ours = leaves(inputs)
+            out = call(op, ours, ids, routing_of(ids, 2), dropout_p=0.2)
+            results.append((out, *gradients(out, ours, torch.ones_like(out)).values()))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, results[0], results[1]))
+    assert all(map(torch.equal, results[0], results[2]))
+
+
 def test_second_derivative_is_refused(impl):
     op, device = impl
     inputs, ids = case_of(4, 6, 7, 5, 4, 2, device=device)

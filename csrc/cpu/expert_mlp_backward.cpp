@@ -29,12 +29,14 @@ struct Needs {
 
 // One worker's memory. Rows beyond those of a block are zero, up to a multiple of kLanes.
 struct Scratch {
-  Buffer<float> u, g, turned_g;            // [kBlock, D], [kBlock, Do], [Do, kBlock]
-  Buffer<float> by_u;                      // [kBlock, D]
-  Buffer<float> h, up;                     // [kPanel]
-  Buffer<float> a, by_a;                   // [kBlock, kPanel]
-  Buffer<float> by_h, by_up, turned;       // [kBlock, kPanel], transposed
-  Buffer<float> factors, weights, row, z;  // [kPanel], a panel of weights, one row of any width
+  Buffer<float> u, g, turned_g;       // [kBlock, D], [kBlock, Do], [Do, kBlock]
+  Buffer<float> by_u;                 // [kBlock, D]
+  Buffer<float> h, up;                // [kPanel]
+  Buffer<float> a, by_a;              // [kBlock, kPanel]
+  Buffer<float> by_h, by_up, turned;  // [kBlock, kPanel], transposed
+  Buffer<float> factors;              // [kPanel]
+  Buffer<float> by_b1, by_b2;         // over a block, so that no sum has more terms
+  Buffer<float> weights, row, z;      // a panel of weights, rows of any width
   float by_weight[kBlock], weight[kBlock];
 
   explicit Scratch(const ExpertMlp& mlp)
@@ -50,6 +52,8 @@ struct Scratch {
         by_up(mlp.gated ? kBlock * kPanel : 0),
         turned(kBlock * kPanel),
         factors(kPanel),
+        by_b1(2 * kPanel),
+        by_b2(mlp.Do),
         weights(mlp.element == Element::kFloat32 ? 0 : kPanel * std::max(mlp.D, mlp.Do)),
         row(std::max({mlp.D, mlp.Do, kPanel})),
         z(mlp.Do) {}
@@ -221,7 +225,9 @@ class Backward {
     std::fill_n(scratch.u.data() + m * D, (n - m) * D, 0.0f);
     mlp_.gather(rows, m, at_input, scratch.u.data(), D);
     std::fill_n(scratch.g.data(), n * ld_g, 0.0f);
+    std::fill_n(scratch.by_b2.data(), Do, 0.0f);
     for (int64_t i = 0; i < m; ++i) output(scratch, e, q, rows[i], i);
+    if (needs_.b2 && q == 0) kernels().add(b2.data + e * Do, scratch.by_b2.data(), Do);
     kernels().transpose32(scratch.g.data(), ld_g, n, ld_g, scratch.turned_g.data(), n);
     const int64_t first = first_of(q), last = first_of(q + 1);
     for (int64_t h0 = first; h0 < last; h0 += kPanel)
@@ -276,7 +282,11 @@ class Backward {
     float *const a = scratch.a.data(), *const by_a = scratch.by_a.data();
     const float* const g = scratch.g.data();
     gemm(Operand::kFloat32, n, width, Do, g, ld_g, of_w2.data, of_w2.ld, false, by_a, ld);
-    for (int64_t i = 0; i < m; ++i) hidden(scratch, e, h0, width, rows[i], i, ld);
+    float* const by_b1 = scratch.by_b1.data();
+    std::fill_n(by_b1, 2 * kPanel, 0.0f);
+    for (int64_t i = 0; i < m; ++i) hidden(scratch, h0, width, rows[i], i, ld);
+    for (int64_t half = 0; needs_.b1 && half < (mlp_.gated ? 2 : 1); ++half)
+      kernels().add(b1.data + e * mlp_.wide() + half * H + h0, by_b1 + half * kPanel, width);
     for (float* rest : {a, scratch.by_h.data(), scratch.by_up.data()})
       if (rest != nullptr) std::fill_n(rest + m * ld, (n - m) * ld, 0.0f);
     if (needs_.w2)
@@ -298,8 +308,7 @@ class Backward {
   }
 
   // One row of a panel: a times the weight, the gradient by h, and what the weight gets of it.
-  void hidden(
-      Scratch& scratch, int64_t e, int64_t h0, int64_t width, int32_t row, int64_t i, int64_t ld) {
+  void hidden(Scratch& scratch, int64_t h0, int64_t width, int32_t row, int64_t i, int64_t ld) {
     const int64_t H = mlp_.H, wide = mlp_.wide();
     float *const a = scratch.a.data() + i * ld, *const by_a = scratch.by_a.data() + i * ld;
     float* const by_h = scratch.by_h.data() + i * ld;
@@ -323,8 +332,8 @@ class Backward {
     for (int64_t c = 0; c < width; ++c) by_a[c] *= weight, a[c] *= weight;
     kernels().activate_backward[mlp_.activation](by_a, h, up, width, by_h, by_up);
     if (!needs_.b1) return;
-    kernels().add(b1.data + e * wide + h0, by_h, width);
-    if (mlp_.gated) kernels().add(b1.data + e * wide + H + h0, by_up, width);
+    kernels().add(scratch.by_b1.data(), by_h, width);
+    if (mlp_.gated) kernels().add(scratch.by_b1.data() + kPanel, by_up, width);
   }
 
   // The products with `by_h` [n, width], the gradient of channels c to c + width.

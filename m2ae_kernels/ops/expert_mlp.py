@@ -21,11 +21,14 @@ needed if act_o is the identity; g = m2 dout_r act_o'(y):
 no mask, no permuted x, no output of an expert. A mask is Philox4x32-10 with key seed[0], counter
 (slot id, column / 4, 2 seed[1] + which of the two): ops/_philox.py.
 
-Kernels: none yet; the reference serves every device, sparsely: ops/_expert_mlp_reference.py.
+Kernels: csrc/cpu/expert_mlp.cpp and expert_mlp_backward.cpp on the CPU, an expert's rows in blocks
+that stay in its cache, with products in float32 for every dtype. Elsewhere the reference serves,
+sparsely: ops/_expert_mlp_reference.py.
 Papers: Shazeer et al. 2017, "Outrageously large neural networks"; Guo et al. 2025, "SonicMoE", for
 dw without y, which b2 and both dropouts survive.
 """
 
+import re
 from collections.abc import Callable
 from typing import Literal
 
@@ -95,8 +98,9 @@ def expert_mlp(
         b1, b2 and shift. A row without a kept slot is 0, and passes no gradient; its token may
         hold NaN. Gradients of an expert without rows are exactly 0.
 
-    Precision: products and sums are float32 for every dtype, sums over the k slots in their order;
-    h, and y before an output activation, are rounded to the dtype of `x`, out and gradients once.
+    Precision: products and sums are float32 for every dtype, in an order that depends on shapes
+    and routing alone; h, and y before an output activation, are rounded to the dtype of `x`, out
+    and gradients once.
     Under autocast x, w1, w2, b1, b2 and shift are rounded to the autocast dtype. For float64, see
     m2ae_kernels.reference.expert_mlp.
 
@@ -107,9 +111,16 @@ def expert_mlp(
     """
     cure = "; m2ae_kernels.reference.expert_mlp takes float64"
     expect_dtype("expert_mlp", "x", x, FLOATING, cure)
+    expect_dtype("expert_mlp", "topk_weights", topk_weights, (torch.float32,), cure)
     inputs = (x, w1, w2, topk_weights, topk_ids, (b1, b2), shift, seed, routing)
     options = (activation, output_activation, dropout_p, output_dropout_p, apply_router_weight)
-    return _expert_mlp_of(registered, *inputs, options)
+    try:
+        return _expert_mlp_of(registered, *inputs, options)
+    except RuntimeError as error:
+        expected = re.search("expert_mlp: expected a routing.*", str(error))
+        if expected is None:
+            raise
+        raise ValueError(expected[0]) from None  # what only the kernel looks at: values
 
 
 def reference(
