@@ -37,6 +37,9 @@ def test_matches_all_experts_on_all_tokens(T, D, H, Do, E, k, dtype, impl):
     op, device = impl
     inputs, ids = case_of(T, D, H, Do, E, k, device=device, dtype=dtype)
     assert_matches(op, inputs, ids, routing_of(ids, E), dtype)
+    inputs, ids = case_of(T, D, H, Do, E, k, device=device, dtype=dtype, S=2, activation="swiglu")
+    options = {"activation": "swiglu", "dropout_p": 0.3, "output_dropout_p": 0.2}
+    assert_matches(op, inputs, ids, routing_of(ids, E), dtype, **options)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

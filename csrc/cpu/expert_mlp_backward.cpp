@@ -11,82 +11,22 @@
 #include <cstring>
 #include <tuple>
 
-#include "expert_mlp.h"
+#include "expert_mlp_backward.h"
 
 namespace m2ae::cpu {
 namespace {
 
-constexpr int64_t kBlock = 128;     // rows that go through an expert together
-constexpr int64_t kPanel = 128;     // hidden channels of one step, a multiple of 4 and of kLanes
+constexpr int64_t kBlock = BackwardScratch::kBlock;
+constexpr int64_t kPanel = BackwardScratch::kPanel;
 constexpr int64_t kTasks = 8;       // experts times splits, at least, if H allows
 constexpr int64_t kTokenTask = 64;  // tokens whose gradients are summed together
 constexpr int kFloat = int(Element::kFloat32);
-
-struct Needs {
-  bool x, w1, w2, weights, b1, b2, shift;
-  bool rows() const { return x || shift; }
-};
-
-// One worker's memory. Rows beyond those of a block are zero, up to a multiple of kLanes.
-struct Scratch {
-  Buffer<float> u, g, turned_g;       // [kBlock, D], [kBlock, Do], [Do, kBlock]
-  Buffer<float> by_u;                 // [kBlock, D]
-  Buffer<float> h, up;                // [kPanel]
-  Buffer<float> a, by_a;              // [kBlock, kPanel]
-  Buffer<float> by_h, by_up, turned;  // [kBlock, kPanel], transposed
-  Buffer<float> factors;              // [kPanel]
-  Buffer<float> by_b1, by_b2;         // over a block, so that no sum has more terms
-  Buffer<float> weights, row, z;      // a panel of weights, rows of any width
-  float by_weight[kBlock], weight[kBlock];
-
-  explicit Scratch(const ExpertMlp& mlp)
-      : u(kBlock * mlp.D),
-        g(kBlock * in_lanes(mlp.Do)),
-        turned_g(kBlock * in_lanes(mlp.Do)),
-        by_u(kBlock * mlp.D),
-        h(kPanel),
-        up(mlp.gated ? kPanel : 0),
-        a(kBlock * kPanel),
-        by_a(kBlock * kPanel),
-        by_h(kBlock * kPanel),
-        by_up(mlp.gated ? kBlock * kPanel : 0),
-        turned(kBlock * kPanel),
-        factors(kPanel),
-        by_b1(2 * kPanel),
-        by_b2(mlp.Do),
-        weights(mlp.element == Element::kFloat32 ? 0 : kPanel * std::max(mlp.D, mlp.Do)),
-        row(std::max({mlp.D, mlp.Do, kPanel})),
-        z(mlp.Do) {}
-};
-
-// float32 sums of a gradient that is to be in the dtype of its input.
-struct Sums {
-  Tensor gradient;
-  Buffer<float> buffer;
-  float* data = nullptr;
-
-  Sums(const Tensor& like, std::vector<int64_t> sizes, bool is_needed, Element element)
-      : gradient(torch::stable::new_empty(like, is_needed ? sizes : std::vector<int64_t>{0})) {
-    if (!is_needed) return;
-    if (element == Element::kFloat32) {
-      data = gradient.mutable_data_ptr<float>();
-    } else {
-      buffer = Buffer<float>(gradient.numel());
-      data = buffer.data();
-    }
-  }
-  void store(int64_t i, int64_t n, Element element) {
-    if (buffer.size() == 0 || n == 0) return;
-    char* const to = static_cast<char*>(gradient.mutable_data_ptr()) + i * bytes_of(element);
-    kernels().cast[kFloat][int(element)](data + i, to, n);
-  }
-};
 
 class Backward {
  public:
   Backward(
       const ExpertMlp& mlp,
-      const Needs& needs,
+      const BackwardNeeds& needs,
       const Floats& grad,
       const Floats& h,
       const Floats& y)
@@ -115,8 +55,8 @@ class Backward {
     });
     share_out(
         int64_t(order.size()),
-        [&] { return Scratch(mlp_); },
-        [&](Scratch& scratch, int64_t i) {
+        [&] { return BackwardScratch(mlp_); },
+        [&](BackwardScratch& scratch, int64_t i) {
           task(scratch, order[i] / splits_, order[i] % splits_);
         });
   }
@@ -189,7 +129,7 @@ class Backward {
     return std::min(mlp_.H, panels * q / splits_ * kPanel);
   }
 
-  void task(Scratch& scratch, int64_t e, int64_t q) {
+  void task(BackwardScratch& scratch, int64_t e, int64_t q) {
     const int64_t first = first_of(q), last = first_of(q + 1), H = mlp_.H;
     const int64_t D = mlp_.D, Do = mlp_.Do, wide = mlp_.wide();
     const int64_t halves = mlp_.gated ? 2 : 1;
@@ -219,7 +159,12 @@ class Backward {
   }
 
   void block(
-      Scratch& scratch, int64_t e, int64_t q, const int32_t* rows, int64_t m, bool is_first) {
+      BackwardScratch& scratch,
+      int64_t e,
+      int64_t q,
+      const int32_t* rows,
+      int64_t m,
+      bool is_first) {
     const int64_t D = mlp_.D, Do = mlp_.Do, n = in_lanes(m), ld_g = in_lanes(Do);
     const bool at_input = mlp_.weight_at == WeightAt::kInput;
     std::fill_n(scratch.u.data() + m * D, (n - m) * D, 0.0f);
@@ -246,7 +191,7 @@ class Backward {
   }
 
   // g of one row, its part of the gradient of b2, and that of its weight without the hidden layer.
-  void output(Scratch& scratch, int64_t e, int64_t q, int32_t row, int64_t i) {
+  void output(BackwardScratch& scratch, int64_t e, int64_t q, int32_t row, int64_t i) {
     const int64_t Do = mlp_.Do, r = mlp_.slot(row) / mlp_.k;
     float *const g = scratch.g.data() + i * in_lanes(Do), *const z = scratch.z.data();
     grad_.load(r * Do, Do, g);
@@ -267,7 +212,7 @@ class Backward {
 
   // Hidden channels h0 to h0 + width for one block.
   void panel(
-      Scratch& scratch,
+      BackwardScratch& scratch,
       int64_t e,
       int64_t h0,
       int64_t width,
@@ -308,7 +253,8 @@ class Backward {
   }
 
   // One row of a panel: a times the weight, the gradient by h, and what the weight gets of it.
-  void hidden(Scratch& scratch, int64_t h0, int64_t width, int32_t row, int64_t i, int64_t ld) {
+  void hidden(
+      BackwardScratch& scratch, int64_t h0, int64_t width, int32_t row, int64_t i, int64_t ld) {
     const int64_t H = mlp_.H, wide = mlp_.wide();
     float *const a = scratch.a.data() + i * ld, *const by_a = scratch.by_a.data() + i * ld;
     float* const by_h = scratch.by_h.data() + i * ld;
@@ -338,7 +284,7 @@ class Backward {
 
   // The products with `by_h` [n, width], the gradient of channels c to c + width.
   void first_layer(
-      Scratch& scratch,
+      BackwardScratch& scratch,
       int64_t e,
       int64_t c,
       int64_t width,
@@ -359,13 +305,13 @@ class Backward {
   }
 
   const ExpertMlp& mlp_;
-  const Needs needs_;
+  const BackwardNeeds needs_;
   const Floats &grad_, &h_, &y_;
   const ExpertMlp::Segments segments_;  // one group: all rows of each expert
   const int64_t splits_;
 
  public:
-  Sums w1, w2, b1, b2;
+  GradientSums w1, w2, b1, b2;
 
  private:
   Buffer<float> by_rows_;    // [splits, N, D]
@@ -413,7 +359,7 @@ Gradients expert_mlp_backward_cpu(
        dropout_p,
        output_dropout_p,
        weight_at});
-  const Needs needs{
+  const BackwardNeeds needs{
       output_mask[0],
       output_mask[1],
       output_mask[2],

@@ -159,6 +159,20 @@ def _saved(rows: Tensor, sorted_ids: Tensor, plan: _Plan) -> Tensor:
     return take(clean, plan.blocks.rows)
 
 
+def _by_output(
+    grad: Tensor,  # [R, Do]
+    y: Tensor | None,  # [B, n, Do]; None without an activation
+    output_activation: int,
+    plan: _Plan,
+) -> tuple[Tensor, Tensor]:
+    """The gradient by y, [B, n, Do], and that by the router weight where y is known, [B, n, 1]."""
+    g = _times(take(grad, plan.row), plan.output_factors)
+    if y is None:
+        return g, g.new_zeros(*g.shape[:2], 1)
+    by_weight = (g * activate(y, output_activation)).sum(-1, keepdim=True)
+    return activate_backward(g, y, output_activation), by_weight
+
+
 def backward(
     grad: Tensor,  # [R, Do]
     x: Tensor,
@@ -187,13 +201,9 @@ def backward(
         plan = _plan(x, w2, shift, seed, *routing, dropout_p, output_dropout_p)
         h = _saved(h, sorted_ids, plan)
         a = _times(activate(h, activation), plan.hidden_factors)
-        g = _times(take(grad.to(acc), plan.row), plan.output_factors)  # [B, n, Do]
         weight = _weights(topk_weights, plan, acc)
-        by_weight = torch.zeros_like(weight)
-        if output_activation != IDENTITY:
-            y = _saved(y, sorted_ids, plan)
-            by_weight = (g * activate(y, output_activation)).sum(-1, keepdim=True)
-            g = activate_backward(g, y, output_activation)
+        outputs = None if output_activation == IDENTITY else _saved(y, sorted_ids, plan)
+        g, by_weight = _by_output(grad.to(acc), outputs, output_activation, plan)
         by_a = g @ of_experts(w2.to(acc), plan.blocks)  # [B, n, H], yet without the weight
         if output_activation == IDENTITY:  # the output of the experts is not needed for this
             by_weight = (by_a * a).sum(-1, keepdim=True)
