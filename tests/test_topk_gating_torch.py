@@ -136,7 +136,7 @@ def test_repeats_for_any_number_of_threads(impl):
 
 @pytest.mark.parametrize("isa", ["default", "avx2"])
 def test_narrower_vectors(isa):
-    # The lanes of a vector are rows: with fewer of them, others are the last and odd ones. A machine
+    # The lanes of a vector are rows: with fewer of them, others are the last, odd ones. A machine
     # without the set runs the best it has.
     tests = Path(__file__).parent
     files = [
