@@ -9,7 +9,7 @@
 
 namespace m2ae::cpu {
 
-void select_experts(int32_t* keys, int64_t E, int64_t k, int32_t* ids) {
+void select_experts(const int32_t* keys, int64_t E, int64_t k, int32_t* ids) {
   // One number that is smaller for the better expert: the key's complement, then the index.
   Buffer<uint64_t> order(E);
   for (int64_t e = 0; e < E; ++e) {

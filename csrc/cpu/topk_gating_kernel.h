@@ -75,7 +75,8 @@ inline void best(const void* from, int64_t count, int64_t k, int32_t* ids, Float
 constexpr int64_t kCompared = 16;  // experts
 
 // The k best experts of every lane, one lane after the other.
-inline void best_by_row(int32_t* keys, int64_t E, int64_t k, int32_t* row_keys, int32_t* ids) {
+inline void best_by_row(
+    const int32_t* keys, int64_t E, int64_t k, int32_t* row_keys, int32_t* ids) {
   for (int l = 0; l < kLanes; ++l) {
     for (int64_t e = 0; e < E; ++e) row_keys[e] = keys[e * kLanes + l];
     int32_t* const row_ids = row_keys + E;
@@ -115,10 +116,10 @@ class GatingForwardBlock : GatingBlock<element_t, score> {
   }
 
  private:
-  // What has a NaN or is absent shows it.
-  Floats shown(Floats x, float of_absent) const {
+  // A row with a NaN shows it, one that is absent is 0.
+  Floats shown(Floats x) const {
     if (!given.zero_nan) x = has_nan ? floats(__builtin_nanf("")) : x;
-    return this->all_present ? x : this->present ? x : floats(of_absent);
+    return this->present ? x : Floats{};
   }
 
   // The keys of the experts, by group if there are groups, then the best of them.
@@ -217,13 +218,13 @@ class GatingForwardBlock : GatingBlock<element_t, score> {
     const int64_t k = given.k;
     Floats of_row{};
     if (score == kSoftmax)
-      of_row = shown((this->is_infinite ? this->highest : top) + log_of(total), 0);
+      of_row = shown((this->is_infinite ? this->highest : top) + log_of(total));
     write_numbers(of_row, given.logsumexp + row);
     if (given.entropy != nullptr)
-      write_numbers(shown(log_of(total) - this->weighed / total, 0), given.entropy + row);
+      write_numbers(shown(log_of(total) - this->weighed / total), given.entropy + row);
     auto* const weights = reinterpret_cast<float*>(scratch.chosen);
     for (int64_t j = 0; j < k; ++j) {
-      store(shown(scratch.chosen[j] * given.routed_scaling_factor, 0), weights + j * kLanes);
+      store(shown(scratch.chosen[j] * given.routed_scaling_factor), weights + j * kLanes);
       if (this->all_present) continue;
       const Ints ids = load(scratch.ids + j * kLanes);
       store(this->present ? ids : ints(-1), scratch.ids + j * kLanes);
@@ -249,7 +250,7 @@ class GatingForwardBlock : GatingBlock<element_t, score> {
   }
 
   void add_distribution() {
-    const Floats inverse = shown(1.0f / total, 0);
+    const Floats inverse = shown(1.0f / total);
     for (int64_t e = 0; e < E; ++e) {
       const Floats sum = load(scratch.sums + e * kLanes);
       store(sum + load(scratch.t + e * kLanes) * inverse, scratch.sums + e * kLanes);

@@ -67,7 +67,7 @@ inline int64_t gating_scratch(int64_t E) {
   return 10 * (((E + 15) / 16) * 16 + 16) * kGatingRows;
 }
 
-// The k experts of the largest keys [E], a tie to the lowest; one row. Keys are replaced.
-void select_experts(int32_t* keys, int64_t E, int64_t k, int32_t* ids /* [k] */);
+// The k experts of the largest keys [E], a tie to the lowest; one row.
+void select_experts(const int32_t* keys, int64_t E, int64_t k, int32_t* ids /* [k] */);
 
 }  // namespace m2ae::cpu
