@@ -207,7 +207,8 @@ class Backward {
       const float* const bias = mlp_.b2.read(e * Do, Do, scratch.row.data());
       scratch.by_weight[i] = float(kernels().dot_rows[kFloat](g, bias, Do));
     }
-    if (needs_.b2 && q == 0) kernels().add_row[kFloat](g, scratch.weight[i], b2.data + e * Do, Do);
+    if (needs_.b2 && q == 0)
+      kernels().add_row[kFloat](g, scratch.weight[i], scratch.by_b2.data(), Do);
   }
 
   // Hidden channels h0 to h0 + width for one block.
