@@ -60,9 +60,9 @@ template <typename T, int kWidth>
 __global__ void __launch_bounds__(kRowThreads, 4) moe_unpermute_backward_kernel(
     MoeRows routing,
     const RowVector<T, kWidth>* grad_out,  // [R, vectors]
-    const RowVector<T, kWidth>* y,         // [N, vectors], or null
+    const RowVector<T, kWidth>* y,         // [N, vectors], read for grad_weights
     RowVector<T, kWidth>* grad_y,          // [N, vectors], or null
-    float* grad_weights,                   // [R, k]; written if there is y
+    float* grad_weights,                   // [R, k], or null
     int64_t vectors) {
   const int64_t step = int64_t(gridDim.x) * blockDim.y;
   for (int64_t r = int64_t(blockIdx.x) * blockDim.y + threadIdx.y; r < routing.T; r += step) {
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) moe_unpermute_backward_kernel(
         const float weight = routing.weights ? routing.weights[slot] : 1.f;
         for (int64_t v = threadIdx.x; v < vectors; v += kLanes) {
           const RowVector<T, kWidth> grad = grad_out[r * vectors + v];
-          if (y != nullptr) {
+          if (grad_weights != nullptr) {
             const RowVector<T, kWidth> row = y[i * vectors + v];
 #pragma unroll
             for (int c = 0; c < kWidth; ++c)
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) moe_unpermute_backward_kernel(
           grad_y[i * vectors + v] = scaled;
         }
       }
-      if (y == nullptr) continue;
+      if (grad_weights == nullptr) continue;
       for (int bits = kLanes / 2; bits > 0; bits /= 2) dot += __shfl_xor_sync(kAllLanes, dot, bits);
       if (threadIdx.x == 0) grad_weights[slot] = dot;
     }
