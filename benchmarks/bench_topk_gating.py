@@ -1,21 +1,47 @@
-"""topk_gating against the softmax, topk and sums of eager PyTorch."""
+"""topk_gating against softmax, topk, sums and counts in eager PyTorch, and compiled.
+
+python benchmarks/bench_topk_gating.py [--device cuda] [--threads 2] [--experts 12x4,64x8]
+    [--tokens 1024,16384] [--dtypes float32] [--directions both] [--seconds 10]
+
+prints a table of rows that took turns: microseconds of a call, nanoseconds of a token, how many
+times ours. `both` is forward and backward.
+"""
+
+import argparse
+import statistics
 
 import pytest
+import side_by_side
 import torch
 
 from m2ae_kernels import topk_gating
 
+EXPERTS = ((8, 2), (12, 4), (64, 8), (256, 8))  # (E, k); the first two are those of M3-JEPA
+TOKENS = (1024, 16384, 65536)
+DIRECTIONS = ("forward", "both")
+OURS = "m2ae_kernels"
+
 
 def eager(logits, k):
-    """Weights, ids, and what the balance and z losses need."""
-    probs = logits.softmax(-1)
+    """Weights that sum to 1, ids, and what the balance and z losses need."""
+    probs = logits.float().softmax(-1)
     weights, ids = probs.topk(k, dim=-1)
+    weights = weights / weights.sum(-1, keepdim=True)
     count = torch.bincount(ids.flatten(), minlength=logits.shape[1])
-    return weights, ids, logits.logsumexp(-1), probs.sum(0), count
+    return weights, ids, logits.float().logsumexp(-1), probs.sum(0), count
+
+
+def eager_without_bincount(logits, k):
+    """The same in operations that compile to one graph: bincount's size depends on its data."""
+    probs = logits.float().softmax(-1)
+    weights, ids = probs.topk(k, dim=-1)
+    weights = weights / weights.sum(-1, keepdim=True)
+    count = torch.zeros_like(probs, dtype=torch.int32).scatter(1, ids, 1).sum(0)
+    return weights, ids, logits.float().logsumexp(-1), probs.sum(0), count
 
 
 def ours(logits, k):
-    output = topk_gating(logits, k, return_probs_sum=True)
+    output = topk_gating(logits, k, norm_topk_prob=True, return_probs_sum=True)
     return (
         output.topk_weights,
         output.topk_ids,
@@ -25,26 +51,93 @@ def ours(logits, k):
     )
 
 
-@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-@pytest.mark.parametrize("impl", ["eager", "m2ae_kernels"])
-@pytest.mark.parametrize("T,E,k", [(4096, 12, 4), (4096, 64, 8)])
-def bench_topk_gating(T, E, k, impl, direction, device, bench):
-    logits = torch.randn(T, E, device=device, requires_grad=True)
-    function = {"eager": eager, "m2ae_kernels": ours}[impl]
+def rows_on_any_device():
+    compiled = torch.compile(eager_without_bincount, dynamic=False)
+    return {"eager": eager, "compile": compiled, OURS: ours}
+
+
+def call(function, T, E, k, dtype, direction, device):
+    """A function without arguments that runs one row."""
+    torch.manual_seed(0)
+    logits = torch.randn(T, E, device=device).to(dtype).requires_grad_()
     grads = [torch.randn(shape, device=device) for shape in ((T, k), (T,), (E,))]
 
     def forward():
-        return function(logits, k)
+        with torch.no_grad():
+            return function(logits, k)
 
     def both():
-        weights, _, logsumexp, probs_sum, _ = forward()
+        logits.grad = None
+        weights, _, logsumexp, probs_sum, _ = function(logits, k)
         torch.autograd.backward([weights, logsumexp, probs_sum], grads)
 
-    forth = 4 * (T * E + 2 * T * k + T)
-    back = 4 * (2 * T * E + 2 * T * k)
+    return {"forward": forward, "both": both}[direction]
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("impl", ["eager", OURS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("E,k", EXPERTS)
+def bench_topk_gating(E, k, dtype, impl, direction, device, bench):
+    """One number of tokens; the table over all is what this file prints as a program."""
+    T, size = 1024, dtype.itemsize
+    forth = size * T * E + 8 * T * k + 4 * T
+    back = 2 * size * T * E + 8 * T * k + 4 * T
     bench(
-        f"topk_gating {direction} T={T} E={E} k={k}",
-        forward if direction == "forward" else both,
+        f"topk_gating {direction} T={T} E={E} k={k} {dtype}",
+        call(rows_on_any_device()[impl], T, E, k, dtype, direction, device),
         bytes_moved=forth if direction == "forward" else forth + back,
         impl=impl,
     )
+
+
+def test_rows_agree():
+    """What is timed is the same thing."""
+    logits = torch.randn(50, 12)
+    expected = eager(logits, 4)
+    for row in (eager_without_bincount, ours):
+        for x, y in zip(row(logits, 4), expected, strict=True):
+            torch.testing.assert_close(x, y, check_dtype=False)
+
+
+def table(cases, seconds):
+    print(side_by_side.machine(cases[0][-1]))
+    ratios = {direction: [] for direction in DIRECTIONS}
+    for T, E, k, dtype, direction, device in cases:
+        torch.compiler.reset()  # else `compile` runs eagerly, from the ninth case on
+        case = (T, E, k, getattr(torch, dtype), direction, device)
+        rows = {name: call(row, *case) for name, row in rows_on_any_device().items()}
+        results = side_by_side.compare(rows, OURS, device, seconds)
+        print(f"T={T} E={E} k={k} {dtype} {direction}")
+        for name, (milliseconds, ratio) in results.items():
+            each = f"{milliseconds * 1e3:10.1f} us {milliseconds * 1e6 / T:8.1f} ns a token"
+            print(f"  {name:14} {each} {ratio:7.2f} x ours", flush=True)
+        ratios[direction].append(results["eager"][1])
+    for direction, of_cases in ratios.items():
+        if of_cases:
+            print(f"{direction}: eager takes {statistics.median(of_cases):.1f} x ours, median")
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--experts", default=",".join(f"{E}x{k}" for E, k in EXPERTS))
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--dtypes", default="float32")
+    parser.add_argument("--directions", default=",".join(DIRECTIONS))
+    parser.add_argument("--seconds", type=float, default=10.0, help="per group of rows")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    cases = [
+        (int(T), *map(int, experts.split("x")), dtype, direction, given.device)
+        for experts in given.experts.split(",")
+        for T in given.tokens.split(",")
+        for dtype in given.dtypes.split(",")
+        for direction in given.directions.split(",")
+    ]
+    table(cases, given.seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -50,8 +50,28 @@ def contrastive_losses() -> None:
             m2ae_kernels.info_nce_loss(query * 100, key, scale, target=target).backward()
 
 
+def experts() -> None:
+    """Ragged sizes, every dtype, streams, masked slots, every way to drop; forward and backward."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for T, S, E, k, D in ((1, 1, 1, 1, 1), (33, 2, 5, 2, 24), (700, 1, 300, 4, 17)):
+            x = torch.randn(T, D, device="cuda").to(dtype).requires_grad_()
+            ids = torch.rand(S * T, E, device="cuda").argsort(1)[:, :k].int()
+            ids[0, 0] = -1
+            weights = torch.rand(S * T, k, device="cuda").requires_grad_()
+            for policy in ("position", "slot", "prob"):
+                options = {"capacity": 3, "drop_policy": policy, "align": 8}
+                given = {"topk_weights": weights.detach(), **options}
+                for routing in (
+                    m2ae_kernels.moe_sort(ids, E, **given),
+                    m2ae_kernels.moe_sort(ids, E),
+                ):
+                    rows, _ = m2ae_kernels.moe_permute(x, routing, topk_weights=weights)
+                    m2ae_kernels.moe_unpermute(rows, routing, weights).sum().backward()
+
+
 if __name__ == "__main__":
     ema_update()
     contrastive_losses()
+    experts()
     torch.cuda.synchronize()
     print("all kernels launched")

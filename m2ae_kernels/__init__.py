@@ -17,21 +17,44 @@ docs/contrastive_losses.md has more, and measured figures.
 
 from m2ae_kernels import distributed, nn, reference
 from m2ae_kernels.contrastive import clip_loss, nt_xent_loss, sup_con_loss
-from m2ae_kernels.ops import ema_update_, info_nce_loss, patch_embed, siglip_loss, topk_gating
+from m2ae_kernels.moe import gate_topk, load_balancing_loss, router_entropy_loss, router_z_loss
+from m2ae_kernels.ops import (
+    ema_update_,
+    expert_mlp,
+    grouped_mm,
+    info_nce_loss,
+    moe_permute,
+    moe_sort,
+    moe_unpermute,
+    patch_embed,
+    siglip_loss,
+    topk_gating,
+)
 from m2ae_kernels.ops._info_nce_loss_reduction import ContrastiveMetrics
+from m2ae_kernels.ops._moe_routing import MoERouting
 from m2ae_kernels.ops.topk_gating import TopkGatingOutput
 
 __all__ = [
     "ContrastiveMetrics",
+    "MoERouting",
     "TopkGatingOutput",
     "clip_loss",
     "distributed",
     "ema_update_",
+    "expert_mlp",
+    "gate_topk",
+    "grouped_mm",
     "info_nce_loss",
+    "load_balancing_loss",
+    "moe_permute",
+    "moe_sort",
+    "moe_unpermute",
     "nn",
     "nt_xent_loss",
     "patch_embed",
     "reference",
+    "router_entropy_loss",
+    "router_z_loss",
     "siglip_loss",
     "sup_con_loss",
     "topk_gating",

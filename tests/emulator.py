@@ -19,7 +19,7 @@ from m2ae_kernels import _library
 
 ORDERS = ("forward", "reverse", "shuffle")
 FLAGS = ["-std=c++20", "-O1", "-g0", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
-FLAGS += ["-DM2AE_EMU", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+FLAGS += ["-fvisibility=hidden", "-DM2AE_EMU", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # A CUDA torch has loaded the real runtime: our own functions must win all the same.
 LINK = ["-shared", "-Wl,-Bsymbolic"]
 

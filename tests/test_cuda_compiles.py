@@ -44,6 +44,7 @@ def resources(source, arch, compiled):
 def test_host_uses_the_stable_abi_only(source, tmp_path):
     folders = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
     command = ["g++", "-std=c++20", "-O1", "-fPIC", "-Wall", "-Werror", "-DUSE_CUDA"]
+    command += ["-fvisibility=hidden"]  # as setup.py does
     command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030b0000"]
     command += [f"-I{folder}" for folder in folders]
     command += ["-isystem", str(cuda_toolkit.HOME / "include")]

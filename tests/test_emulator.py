@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(
     not cuda_toolkit.HAS_HEADERS, reason="needs the CUDA headers and g++"
 )
 BLOCKS, THREADS = 5, 96
-RIGHT, NO_BARRIER, SHUFFLES, DIVERGING, ZEROS, TOO_LARGE = range(6)
+RIGHT, NO_BARRIER, SHUFFLES, DIVERGING, ZEROS, TOO_LARGE, VOTES = range(7)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def library(request):
 def run(library, monkeypatch):
     def run(kernel, order):
         monkeypatch.setenv("M2AE_EMU_ORDER", order)
-        x, sums = torch.rand(BLOCKS, THREADS), torch.zeros(BLOCKS)
+        x, sums = torch.rand(BLOCKS, THREADS), torch.zeros(THREADS if kernel == VOTES else BLOCKS)
         pointers = ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(sums.data_ptr())
         library.selftest(kernel, *pointers, BLOCKS)
         return x.sum(1), sums, library.selftest_error().decode()
@@ -56,6 +56,13 @@ def test_a_deadlock_is_reported(order, run):
     assert "deadlock in block 0" in error
     assert "__syncthreads" in error
     assert "__shfl_xor_sync" in error
+
+
+@pytest.mark.parametrize("order", emulator.ORDERS)
+def test_votes_of_lanes_that_have_ended_count(order, run):
+    _, votes, error = run(VOTES, order)
+    assert error == ""
+    assert (votes == 32).all()
 
 
 def test_fresh_shared_memory_is_not_zero(run):

@@ -19,6 +19,24 @@ from m2ae_kernels import reference, topk_gating
         ((4, 3), 1, {"score_function": "relu"}, "or \"sqrtsoftplus\", got 'relu'"),
         ((4, 3), 1, {"nan_policy": "raise"}, 'expected nan_policy "propagate" or "zero", got \'ra'),
         ((2, 2, 3), 1, {"token_mask": torch.ones(3).bool()}, "token_mask [T = 4], got [3]"),
+        ((4, 3), 1, {"expert_bias": torch.ones(4)}, "expert_bias [E = 3], got [4]"),
+        ((4, 3), 1, {"expert_bias": torch.ones(1, 3)}, "expert_bias [E = 3], got [1, 3]"),
+        ((4, 3), 1, {"logit_shift": torch.ones(3)}, "logit_shift [S, E = 3], got [3]"),
+        ((4, 3), 1, {"logit_shift": torch.ones(2, 4)}, "logit_shift [S, E = 3], got [2, 4]"),
+        ((4, 6), 1, {"n_group": 4}, "expected n_group to divide E = 6, got 4"),
+        ((4, 6), 1, {"n_group": 0}, "expected n_group to divide E = 6, got 0"),
+        ((4, 6), 1, {"topk_group": 2}, "expected 1 <= topk_group <= n_group = 1, got 2"),
+        ((4, 6), 1, {"topk_group": 0}, "expected 1 <= topk_group <= n_group = 1, got 0"),
+        ((4, 6), 5, {"n_group": 3, "topk_group": 2}, "topk_group * E / n_group = 2 * 6 / 3 = 4, g"),
+        ((4, 6), 1, {"group_score": "mean"}, '"max", "top2_sum" or a number >= 1, got \'mean\''),
+        ((4, 6), 1, {"group_score": 0}, '"max", "top2_sum" or a number >= 1, got 0'),
+        (
+            (4, 6),
+            1,
+            {"n_group": 2, "group_score": 4},
+            "the E / n_group = 3 experts of a group, got 4",
+        ),
+        ((4, 6), 1, {"n_group": 6}, "experts of a group, got 'top2_sum'; \"max\" suits any group"),
     ],
 )
 def test_rejects_values(shape, k, given, error):
@@ -39,22 +57,13 @@ def test_rejects_types():
             op(torch.zeros(4, 3), 1, token_mask=torch.ones(4))
         with pytest.raises(TypeError, match=r"token_mask on the device of logits, cpu, got meta"):
             op(torch.zeros(4, 3), 1, token_mask=torch.ones(4, device="meta").bool())
-
-
-@pytest.mark.parametrize(
-    "given,error",
-    [
-        ({"score_function": "sigmoid"}, "score_function='sigmoid'"),
-        ({"score_function": "sqrtsoftplus"}, "score_function='sqrtsoftplus'"),
-        ({"expert_bias": torch.zeros(4)}, "expert_bias=Tensor[4]"),
-        ({"n_group": 2}, "n_group=2"),
-        ({"topk_group": 2}, "topk_group=2"),
-        ({"group_score": "max"}, "group_score='max'"),
-        ({"logit_shift": torch.zeros(2, 4)}, "logit_shift=Tensor[2, 4]"),
-    ],
-)
-def test_not_supported_yet(given, error):
-    for op in (topk_gating, reference.topk_gating):
-        message = re.escape(f"topk_gating: {error} is not supported yet")
-        with pytest.raises(NotImplementedError, match=message):
-            op(torch.zeros(4, 4), 2, **given)
+        with pytest.raises(TypeError, match=r"expected expert_bias in float32, got torch.bfloat16"):
+            op(torch.zeros(4, 3), 1, expert_bias=torch.zeros(3, dtype=torch.bfloat16))
+        with pytest.raises(TypeError, match=r"expert_bias on the device of logits, cpu, got meta"):
+            op(torch.zeros(4, 3), 1, expert_bias=torch.zeros(3, device="meta"))
+        with pytest.raises(
+            TypeError, match=r"logit_shift in float32, bfloat16, float16, got torch"
+        ):
+            op(torch.zeros(4, 3), 1, logit_shift=torch.zeros(2, 3, dtype=torch.float64))
+        with pytest.raises(TypeError, match=r"logit_shift on the device of logits, cpu, got meta"):
+            op(torch.zeros(4, 3), 1, logit_shift=torch.zeros(2, 3, device="meta"))

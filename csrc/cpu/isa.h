@@ -5,9 +5,11 @@
 #include <cstdint>
 
 #include "../element.h"
+#include "expert_mlp_tile.h"
 #include "gemm.h"
 #include "info_nce_loss_tile.h"
 #include "siglip_loss_tile.h"
+#include "topk_gating_rows.h"
 
 namespace m2ae::cpu {
 
@@ -53,6 +55,36 @@ struct Kernels {
   SiglipKernel* siglip_loss[kOperands][kSameIds];
   SiglipKernel* siglip_gradient[kOperands][kSameIds];
   void (*siglip_scale[kFloatingElements])(const float* from, float factor, int64_t n, void* to);
+
+  // Rows of moe_unpermute: moe_unpermute_kernel.h. No float64.
+  using MoeCombine = void(
+      const void* const* rows,
+      const float* weights,
+      int64_t count,
+      const void* residual,
+      int64_t D,
+      void* out);
+  MoeCombine* moe_combine[kFloatingElements];
+  void (*moe_scale[kFloatingElements])(const void* row, float weight, int64_t D, void* out);
+  float (*moe_dot[kFloatingElements])(const void* a, const void* b, int64_t D);
+
+  // Rows of topk_gating; none in float64.
+  GatingForwardKernel* topk_gating[kFloatingElements][kScoreFunctions];
+  GatingBackwardKernel* topk_gating_backward[kFloatingElements][kScoreFunctions];
+
+  // Layers of experts: expert_mlp_kernel.h. By activation, and by the element to round to.
+  ActivateKernel* activate[kActivations];
+  ActivateBackwardKernel* activate_backward[kActivations];
+  void (*round_to[kFloatingElements])(float* x, int64_t n);
+  void (*add_to_rows)(float* tile, int64_t rows, int64_t columns, const float* bias);
+  void (*dropout_row)(const Dropout& dropout, int32_t slot, int64_t first, float* row, int64_t n);
+  void (*dropout_columns)(
+      const Dropout& dropout,
+      const int32_t* slots,
+      int64_t first,
+      float* tile,
+      int64_t rows,
+      int64_t columns);
 };
 
 extern const Kernels kDefault, kAvx2, kAvx512;

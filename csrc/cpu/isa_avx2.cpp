@@ -12,12 +12,14 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "isa.h"
 
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2")
 
 #define M2AE_HAS_FMA
+#define M2AE_VECTOR_BYTES 32
 #include "isa_table.h"
 
 namespace m2ae::cpu {

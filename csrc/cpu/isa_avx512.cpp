@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "isa.h"
 
@@ -19,6 +20,7 @@
     "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,prefer-vector-width=512")
 
 #define M2AE_HAS_FMA
+#define M2AE_VECTOR_BYTES 64
 #include "isa_table.h"
 
 namespace m2ae::cpu {

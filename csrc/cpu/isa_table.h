@@ -3,9 +3,13 @@
 
 #include "contrastive_rows_kernel.h"
 #include "ema_update_kernel.h"
+#include "expert_mlp_kernel.h"
 #include "info_nce_loss_backward_kernel.h"
 #include "info_nce_loss_kernel.h"
+#include "moe_unpermute_kernel.h"
 #include "siglip_loss_kernel.h"
+#include "topk_gating_backward_kernel.h"
+#include "topk_gating_kernel.h"
 
 #define M2AE_BY_SOURCE(kernel, target_t)           \
   {&kernel<target_t, float>,                       \
@@ -48,6 +52,27 @@
 #define M2AE_BY_OPERAND_AND_SAME_ID(kernel) \
   {M2AE_SAME_IDS_OF(kernel, Operand::kFloat32), M2AE_SAME_IDS_OF(kernel, Operand::kBFloat16)}
 
+#define M2AE_SCORES_OF(kernel, element_t) \
+  {&kernel<element_t, kSoftmax>, &kernel<element_t, kSigmoid>, &kernel<element_t, kSqrtSoftplus>}
+
+#define M2AE_BY_ELEMENT_AND_SCORE(kernel)               \
+  {M2AE_SCORES_OF(kernel, float),                       \
+   {nullptr, nullptr, nullptr},                         \
+   M2AE_SCORES_OF(kernel, torch::headeronly::BFloat16), \
+   M2AE_SCORES_OF(kernel, torch::headeronly::Half)}
+
+// In the order of expert_mlp_tile.h: gated ones last, by the activation of their gate.
+#define M2AE_BY_ACTIVATION(kernel)        \
+  {&kernel<Activation::kIdentity, false>, \
+   &kernel<Activation::kGelu, false>,     \
+   &kernel<Activation::kGeluTanh, false>, \
+   &kernel<Activation::kRelu, false>,     \
+   &kernel<Activation::kRelu2, false>,    \
+   &kernel<Activation::kSilu, false>,     \
+   &kernel<Activation::kSilu, true>,      \
+   &kernel<Activation::kGelu, true>,      \
+   &kernel<Activation::kRelu, true>}
+
 #define M2AE_KERNELS(name)                                  \
   {name,                                                    \
    M2AE_BY_TARGET_AND_SOURCE(ema_update_kernel),            \
@@ -69,4 +94,15 @@
    M2AE_BY_OPERAND_AND_SAME_ID(nce_robust_gradient_kernel), \
    M2AE_BY_OPERAND_AND_SAME_ID(siglip_loss_kernel),         \
    M2AE_BY_OPERAND_AND_SAME_ID(siglip_gradient_kernel),     \
-   M2AE_BY_FLOATING_ELEMENT(siglip_scale_kernel)}
+   M2AE_BY_FLOATING_ELEMENT(siglip_scale_kernel),           \
+   M2AE_BY_ELEMENT(moe_combine_kernel),                     \
+   M2AE_BY_ELEMENT(moe_scale_kernel),                       \
+   M2AE_BY_ELEMENT(moe_dot_kernel),                         \
+   M2AE_BY_ELEMENT_AND_SCORE(topk_gating_kernel),           \
+   M2AE_BY_ELEMENT_AND_SCORE(topk_gating_backward_kernel),  \
+   M2AE_BY_ACTIVATION(activate_kernel),                     \
+   M2AE_BY_ACTIVATION(activate_backward_kernel),            \
+   M2AE_BY_FLOATING_ELEMENT(round_to_kernel),               \
+   &add_to_rows_kernel,                                     \
+   &dropout_row_kernel,                                     \
+   &dropout_columns_kernel}

@@ -8,6 +8,9 @@
 #include <cuda_runtime.h>
 #define M2AE_LAUNCH(kernel, grid, block, smem, stream, ...) \
   M2AE_UNPAREN kernel<<<grid, block, smem, stream>>>(__VA_ARGS__)
+#define M2AE_DYNAMIC_SHARED(T, name)                                   \
+  extern __shared__ __align__(16) unsigned char m2ae_dynamic_shared[]; \
+  T* const name = reinterpret_cast<T*>(m2ae_dynamic_shared)
 #endif
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

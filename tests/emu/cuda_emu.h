@@ -66,9 +66,9 @@ inline void __threadfence_block() {}
 namespace emu {
 
 template <typename T>
-T value_of(const uint64_t* values, int lane) {
+T value_of(const Round& round, int lane) {
   T value;
-  std::memcpy(&value, &values[lane], sizeof value);
+  std::memcpy(&value, &round.values[lane], sizeof value);
   return value;
 }
 
@@ -76,16 +76,20 @@ T value_of(const uint64_t* values, int lane) {
 template <typename T>
 T shuffle(unsigned mask, T value, int from, int width, const char* operation) {
   const int lane = block->current->lane, base = lane & ~(width - 1);
-  const uint64_t* values = meet(mask, value, operation);
-  return value_of<T>(values, from < base || from >= base + width ? lane : from);
+  const Round& round = meet(mask, value, operation);
+  return value_of<T>(round, from < base || from >= base + width ? lane : from);
 }
 
 template <typename Test>
-unsigned lanes_where(unsigned mask, const Test& test) {
+unsigned lanes_where(const Round& round, const Test& test) {
   unsigned lanes = 0;
   for (int lane = 0; lane < kLanes; ++lane)
-    if ((mask & block->current->warp->alive) >> lane & 1) lanes |= unsigned(test(lane)) << lane;
+    if (round.lanes >> lane & 1) lanes |= unsigned(test(lane)) << lane;
   return lanes;
+}
+
+inline unsigned voters(const Round& round) {
+  return lanes_where(round, [&](int lane) { return value_of<bool>(round, lane); });
 }
 
 }  // namespace emu
@@ -108,19 +112,19 @@ T __shfl_sync(unsigned mask, T value, int from, int width = 32) {
   return emu::shuffle(mask, value, base + (from & (width - 1)), width, "__shfl_sync");
 }
 inline unsigned __ballot_sync(unsigned mask, int vote) {
-  const uint64_t* values = emu::meet(mask, vote != 0, "__ballot_sync");
-  return emu::lanes_where(mask, [&](int lane) { return emu::value_of<bool>(values, lane); });
+  return emu::voters(emu::meet(mask, vote != 0, "__ballot_sync"));
 }
 inline int __any_sync(unsigned mask, int vote) {
-  return __ballot_sync(mask, vote) != 0;
+  return emu::voters(emu::meet(mask, vote != 0, "__any_sync")) != 0;
 }
 inline int __all_sync(unsigned mask, int vote) {
-  return __ballot_sync(mask, vote) == (mask & emu::block->current->warp->alive);
+  const emu::Round& round = emu::meet(mask, vote != 0, "__all_sync");
+  return emu::voters(round) == round.lanes;
 }
 template <typename T>
 unsigned __match_any_sync(unsigned mask, T value) {
-  const uint64_t* values = emu::meet(mask, value, "__match_any_sync");
-  return emu::lanes_where(mask, [&](int lane) { return emu::value_of<T>(values, lane) == value; });
+  const emu::Round& round = emu::meet(mask, value, "__match_any_sync");
+  return emu::lanes_where(round, [&](int lane) { return emu::value_of<T>(round, lane) == value; });
 }
 
 // ---- atomics: one OS thread runs the whole grid, so plain read-modify-write is atomic

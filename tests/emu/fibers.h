@@ -27,13 +27,20 @@ constexpr int kLanes = 32;
 constexpr size_t kStackBytes = 64 << 10;
 constexpr size_t kMaxSharedBytes = 227 << 10;
 
-// The lanes of a warp that named one mask exchange a value. Two generations alternate: a fast lane
-// may come to the next meeting before a slow one has read the last.
+// The values that lanes of a warp exchange, and whose they are: a lane that has read them may end
+// before others do.
+struct Round {
+  uint64_t values[kLanes] = {};
+  unsigned lanes = 0;
+};
+
+// The lanes of a warp that named one mask. Two rounds alternate: a fast lane may come to the next
+// meeting before a slow one has read the last.
 struct Meeting {
   unsigned mask = 0;
   unsigned arrived = 0;
   uint64_t generation = 0;
-  uint64_t values[2][kLanes] = {};
+  Round rounds[2];
 };
 
 struct Warp {
@@ -126,14 +133,15 @@ inline const Votes& barrier(bool vote) {
 
 inline void close_if_complete(Meeting& meeting, unsigned alive) {
   if (meeting.arrived == 0 || (meeting.arrived & alive) != (meeting.mask & alive)) return;
+  meeting.rounds[meeting.generation % 2].lanes = meeting.arrived;
   meeting.arrived = 0;
   ++meeting.generation;
   block->progress = true;
 }
 
-// Wait for the lanes of the mask; then lane l's value is result[l].
+// Wait for the lanes of the mask; then lane l's value is result.values[l].
 template <typename T>
-const uint64_t* meet(unsigned mask, T value, const char* operation) {
+const Round& meet(unsigned mask, T value, const char* operation) {
   static_assert(sizeof(T) <= 8, "a warp operation exchanges at most 8 bytes");
   Fiber& fiber = *block->current;
   if (!(mask >> fiber.lane & 1))
@@ -147,14 +155,14 @@ const uint64_t* meet(unsigned mask, T value, const char* operation) {
     meeting->mask = mask;
   }
   const uint64_t generation = meeting->generation;
-  uint64_t* values = meeting->values[generation % 2];
-  values[fiber.lane] = 0;
-  std::memcpy(&values[fiber.lane], &value, sizeof value);
+  Round& round = meeting->rounds[generation % 2];
+  round.values[fiber.lane] = 0;
+  std::memcpy(&round.values[fiber.lane], &value, sizeof value);
   meeting->arrived |= 1u << fiber.lane;
   block->progress = true;
   close_if_complete(*meeting, fiber.warp->alive);
   while (meeting->generation == generation) wait(operation);
-  return values;
+  return round;
 }
 
 inline void fiber_main() {

@@ -42,6 +42,12 @@ __global__ void diverging(float* sums) {
     __syncthreads();
 }
 
+// sums[i] = how many lanes of i's warp voted; each ends as soon as it knows.
+__global__ void count_votes(float* sums) {
+  const unsigned votes = __ballot_sync(0xffffffffu, 1) & __match_any_sync(0xffffffffu, 7);
+  sums[threadIdx.x] = float(__popc(votes));
+}
+
 // sums[0] = how many bytes of fresh dynamic shared memory are zero.
 __global__ void count_zeros(float* sums) {
   M2AE_DYNAMIC_SHARED(unsigned char, bytes);
@@ -52,16 +58,19 @@ __global__ void count_zeros(float* sums) {
 
 }  // namespace
 
-extern "C" void selftest(int which, const float* x, float* sums, int blocks) {
+#define M2AE_VISIBLE __attribute__((visibility("default")))
+
+extern "C" M2AE_VISIBLE void selftest(int which, const float* x, float* sums, int blocks) {
   if (which == 0) M2AE_LAUNCH((block_sum<true>), blocks, kThreads, 0, nullptr, x, sums);
   if (which == 1) M2AE_LAUNCH((block_sum<false>), blocks, kThreads, 0, nullptr, x, sums);
   if (which == 2) M2AE_LAUNCH((shuffle_sum), blocks, kThreads, 0, nullptr, x, sums);
   if (which == 3) M2AE_LAUNCH((diverging), blocks, kThreads, 0, nullptr, sums);
   if (which == 4) M2AE_LAUNCH((count_zeros), 1, 1, 64, nullptr, sums);
+  if (which == 6) M2AE_LAUNCH((count_votes), 1, kThreads, 0, nullptr, sums);
   if (which == 5) M2AE_LAUNCH((shuffle_sum), blocks, 2048, 0, nullptr, x, sums);
 }
 
-extern "C" const char* selftest_error() {
+extern "C" M2AE_VISIBLE const char* selftest_error() {
   static std::string reported;
   reported = std::exchange(emu::last_error(), std::string());
   return reported.c_str();

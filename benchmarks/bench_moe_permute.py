@@ -1,0 +1,37 @@
+"""moe_permute against the gather of Hugging Face transformers. As a program: moe_dispatch.py"""
+
+import pytest
+import torch
+from moe_dispatch import DIRECTIONS, OURS, Program, call, inputs
+
+from m2ae_kernels import moe_permute
+
+
+def eager(given):
+    """Its backward sorts the indices again, to add up what belongs to one token."""
+    return given.x[given.token]
+
+
+def ours(given):
+    return moe_permute(given.x, given.routing)[0]
+
+
+ROWS = {"eager": eager, "compile": torch.compile(eager, dynamic=False), OURS: ours}
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("impl", ["eager", OURS])
+@pytest.mark.parametrize("T,D,E,k", [(1024, 512, 12, 4), (4096, 512, 12, 4)])
+def bench_moe_permute(T, D, E, k, impl, direction, device, bench):
+    given = inputs(T, D, E, k, torch.float32, device)
+    forward = 4 * (T + T * k) * D  # a row of x is read once, and written k times
+    bench(
+        f"moe_permute {direction} T={T} D={D} E={E} k={k}",
+        call(ROWS[impl], ("x",), given, direction),
+        bytes_moved=forward if direction == "forward" else 2 * forward,
+        impl=impl,
+    )
+
+
+if __name__ == "__main__":
+    Program({"moe_permute": (ROWS, ("x",))}).main()

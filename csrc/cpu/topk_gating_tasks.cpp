@@ -1,0 +1,75 @@
+#include "topk_gating_tasks.h"
+
+namespace m2ae::cpu {
+namespace {
+
+constexpr const char* kOp = "topk_gating";
+
+Element gating_element(const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Element::kFloat32;
+    case ScalarType::BFloat16:
+      return Element::kBFloat16;
+    case ScalarType::Half:
+      return Element::kFloat16;
+    default:
+      STD_TORCH_CHECK(
+          false,
+          kOp,
+          ": expected ",
+          name,
+          " in float32, bfloat16 or float16, got ",
+          toString(tensor.scalar_type()));
+  }
+}
+
+}  // namespace
+
+Tensor gating_tensor(const char* name, const Tensor& tensor, ScalarType dtype, int64_t numel) {
+  STD_TORCH_CHECK(
+      tensor.is_cpu() && tensor.scalar_type() == dtype && int64_t(tensor.numel()) == numel,
+      kOp,
+      ": expected ",
+      name,
+      " of ",
+      numel,
+      " numbers in ",
+      toString(dtype),
+      " on the CPU");
+  return torch::stable::contiguous(tensor);
+}
+
+GatingTensors::GatingTensors(
+    const Tensor& given_logits,
+    const std::optional<Tensor>& logit_shift,
+    const std::optional<Tensor>& token_mask)
+    : logits(given_logits), element(gating_element("logits", given_logits)) {
+  STD_TORCH_CHECK(logits.is_cpu() && logits.dim() == 2, kOp, ": expected logits [T, E] on the CPU");
+  logits = torch::stable::contiguous(logits);
+  input.logits = logits.const_data_ptr();
+  input.T = logits.size(0);
+  input.E = logits.size(1);
+  input.S = 1;
+  if (logit_shift) {
+    STD_TORCH_CHECK(
+        logit_shift->is_cpu() && logit_shift->dim() == 2 && logit_shift->size(1) == input.E,
+        kOp,
+        ": expected logit_shift [S, E = ",
+        input.E,
+        "] on the CPU");
+    shift_element = gating_element("logit_shift", *logit_shift);
+    const Tensor rows = torch::stable::contiguous(*logit_shift);
+    input.S = rows.size(0);
+    shift = torch::stable::new_empty(rows, rows.sizes(), ScalarType::Float);
+    kernels().cast[int(shift_element)][int(Element::kFloat32)](
+        rows.const_data_ptr(), shift->mutable_data_ptr(), rows.numel());
+    input.shift = shift->const_data_ptr<float>();
+  }
+  if (token_mask) {
+    mask = gating_tensor("token_mask", *token_mask, ScalarType::Bool, input.T);
+    input.mask = static_cast<const bool*>(mask->const_data_ptr());
+  }
+}
+
+}  // namespace m2ae::cpu

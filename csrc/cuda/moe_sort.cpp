@@ -1,0 +1,121 @@
+// moe_sort on CUDA: checks, memory, launches. The kernels are in moe_sort.cu; contract:
+// m2ae_kernels/ops/moe_sort.py
+//
+// Where an expert's slots compete for its capacity in another order than they are sorted in, who is
+// kept is found out first, in that order, and the sort sees the others as skipped.
+#include "moe_sort.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+#include <limits>
+#include <optional>
+#include <tuple>
+
+#include "host.h"
+
+namespace m2ae::cuda {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr const char* kOp = "moe_sort";
+enum DropPolicy { kPosition = 0, kSlot = 1, kProb = 2 };
+
+// Slots, largest weight first, equal ones as they stand, NaN last: ascending order of -w.
+Tensor order_by_weight(const Tensor& weights /* [R, k] */) {
+  using torch::stable::detail::from;
+  const Tensor flat = torch::stable::flatten(torch::stable::contiguous(weights));
+  std::array<StableIValue, 1> negated{from(flat)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::neg", "", negated.data(), TORCH_ABI_VERSION));
+  std::array<StableIValue, 4> sorted{negated[0], from(true), from(int64_t(0)), from(false)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::argsort", "stable", sorted.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(sorted[0]);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> moe_sort_cuda(
+    const Tensor& topk_ids /* [R, k] */,
+    int64_t num_experts,
+    std::optional<int64_t> capacity,
+    int64_t drop_policy,
+    const std::optional<Tensor>& topk_weights /* [R, k] */,
+    int64_t align) {
+  STD_TORCH_CHECK(
+      topk_ids.dim() == 2 && topk_ids.scalar_type() == ScalarType::Int,
+      kOp,
+      ": expected topk_ids [R, k] of int32");
+  const int64_t R = topk_ids.size(0), k = topk_ids.size(1), slots = topk_ids.numel();
+  const int64_t E = num_experts;
+  STD_TORCH_CHECK(k >= 1 && E >= 1 && align >= 1, kOp, ": expected k, E and align of 1 or more");
+  STD_TORCH_CHECK(
+      E <= kMoeSortMaxExperts,
+      kOp,
+      ": expected at most ",
+      kMoeSortMaxExperts,
+      " experts on CUDA, got ",
+      E);
+  STD_TORCH_CHECK(
+      drop_policy >= kPosition && drop_policy <= kProb && capacity.value_or(0) >= 0,
+      kOp,
+      ": expected drop_policy 0, 1 or 2, and no negative capacity");
+  const int64_t N = (slots + E * (align - 1) + align - 1) / align * align;
+  STD_TORCH_CHECK(
+      N <= std::numeric_limits<int32_t>::max(), kOp, ": expected less than 2^31 rows, got ", N);
+  const bool by_weight = drop_policy == kProb && capacity;
+  STD_TORCH_CHECK(
+      !by_weight ||
+          (topk_weights && topk_weights->device() == topk_ids.device() &&
+           topk_weights->dim() == 2 && topk_weights->numel() == slots &&
+           topk_weights->size(1) == k && topk_weights->scalar_type() == ScalarType::Float),
+      kOp,
+      ": expected topk_weights [R, k] of float32 on the device of topk_ids for drop_policy 2");
+
+  [[maybe_unused]] const auto guard = device_guard(topk_ids);
+  const cudaStream_t stream = current_stream(topk_ids);
+  const Tensor ids = torch::stable::contiguous(topk_ids);
+  Tensor sorted_ids = torch::stable::new_empty(topk_ids, {N});
+  Tensor inverse_ids = torch::stable::new_empty(topk_ids, {R, k});
+  Tensor expert_offsets = torch::stable::new_empty(topk_ids, {E + 1});
+  Tensor tokens_per_expert = torch::stable::new_empty(topk_ids, {E});
+  Tensor counts = torch::stable::new_empty(topk_ids, {E * (moe_sort_blocks(slots) + 1)});
+  MoeSortArguments arguments{};
+  arguments.ids = ids.const_data_ptr<int32_t>();
+  arguments.slots = slots;
+  arguments.k = k;
+  arguments.E = E;
+  arguments.N = N;
+  arguments.capacity = capacity.value_or(kMoeSortNoCapacity);
+  arguments.align = align;
+  arguments.totals = counts.mutable_data_ptr<int32_t>();
+  arguments.counts = arguments.totals + E;
+  arguments.sorted = sorted_ids.mutable_data_ptr<int32_t>();
+  arguments.inverse = inverse_ids.mutable_data_ptr<int32_t>();
+  arguments.offsets = expert_offsets.mutable_data_ptr<int32_t>();
+  arguments.kept = tokens_per_expert.mutable_data_ptr<int32_t>();
+
+  if (capacity && drop_policy != kPosition && slots > 0) {
+    Tensor kept_ids = torch::stable::new_empty(topk_ids, {R, k});
+    int32_t* const kept = kept_ids.mutable_data_ptr<int32_t>();
+    if (by_weight) {
+      const Tensor order = order_by_weight(*topk_weights);
+      M2AE_CUDA_CHECK(
+          moe_sort_drop_launch(arguments, {order.const_data_ptr<int64_t>(), 0}, kept, stream));
+    } else {
+      M2AE_CUDA_CHECK(moe_sort_drop_launch(arguments, {nullptr, R}, kept, stream));
+    }
+    arguments.ids = kept;
+    M2AE_CUDA_CHECK(moe_sort_launch(arguments, stream));
+  } else {
+    M2AE_CUDA_CHECK(moe_sort_launch(arguments, stream));
+  }
+  return {sorted_ids, inverse_ids, expert_offsets, tokens_per_expert};
+}
+
+}  // namespace
+}  // namespace m2ae::cuda
+
+M2AE_CUDA_LIBRARY(m) {
+  m.impl("moe_sort", TORCH_BOX(&m2ae::cuda::moe_sort_cuda));
+}

@@ -1,0 +1,321 @@
+"""expert_mlp under torch's machinery: opcheck, compile, checkpoint, autocast, saved memory."""
+
+import pytest
+import torch
+from expert_mlp_cases import (
+    NAMES,
+    SEED,
+    assert_near,
+    call,
+    case_of,
+    formula,
+    gradients,
+    leaves,
+    routing_of,
+)
+from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
+
+import m2ae_kernels
+from m2ae_kernels.ops import _expert_mlp_reference
+from m2ae_kernels.ops._activations import ACTIVATIONS
+
+ALL = {"activation": "swiglu", "dropout_p": 0.3, "output_dropout_p": 0.2}
+
+
+def registered_arguments(inputs, routing, *, activation, output_activation, p, at, device):
+    seed = torch.tensor(SEED, device=device)
+    order = (routing.sorted_ids, routing.inverse_ids, routing.expert_offsets)
+    options = (ACTIVATIONS.index(activation), ACTIVATIONS.index(output_activation), p, p, at)
+    return *(inputs[name] for name in NAMES), seed, *order, *options
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_registration(at, impl):
+    _, device = impl
+    op = torch.ops.m2ae_kernels.expert_mlp.default
+    backward = torch.ops.m2ae_kernels.expert_mlp_backward.default
+    for activation, output, S in (("gelu", "identity", None), ("geglu", "silu", 2)):
+        inputs, ids = case_of(6, 5, 7, 3, 4, 2, device=device, S=S, activation=activation)
+        routing = routing_of(ids, 4, capacity=3, align=4)
+        given = {"activation": activation, "output_activation": output, "device": device}
+        arguments = registered_arguments(leaves(inputs), routing, p=0.3, at=at, **given)
+        opcheck(op, (*arguments, True))
+        # Weights as transposed views, no biases, nothing to save
+        turned = {name: None if t is None else t.mT for name, t in inputs.items()}
+        turned = {name: None if t is None else t.contiguous().mT for name, t in turned.items()}
+        turned |= {"b1": None, "b2": None}
+        arguments = registered_arguments(turned, routing, p=0.0, at=at, **given)
+        opcheck(op, (*arguments, False))
+        out, h, y = op(*arguments, True)
+        grad = torch.randn_like(out)
+        for mask in ([True] * 4 + [False] * 2 + [S is not None], [False] * 7):
+            opcheck(backward, (grad, *arguments[:11], h, y, *arguments[11:], mask))
+
+
+def test_gradcheck_of_the_reference():
+    for S, activation, output, at in (
+        (None, "gelu", "identity", "output"),
+        (2, "swiglu", "silu", "output"),
+        (2, "geglu", "gelu_tanh", "input"),
+        (None, "silu", "identity", "input"),
+    ):
+        inputs, ids = case_of(4, 3, 2, 3, 3, 2, S=S, activation=activation)
+        routing = routing_of(ids, 3, capacity=3)
+        names = [name for name in NAMES if inputs[name] is not None]
+        options = {"activation": activation, "output_activation": output, "dropout_p": 0.3}
+        options |= {"output_dropout_p": 0.2, "apply_router_weight": at}
+
+        def run(*tensors, inputs=inputs, ids=ids, routing=routing, names=names, options=options):
+            given = inputs | dict(zip(names, tensors, strict=True))
+            return call(m2ae_kernels.reference.expert_mlp, given, ids, routing, **options)
+
+        doubles = [inputs[name].double().requires_grad_() for name in names]
+        assert torch.autograd.gradcheck(run, doubles)
+        assert torch.autograd.gradgradcheck(run, doubles)
+
+
+def test_backward_in_float64_is_the_derivative_of_the_reference():
+    # The registered backward is written out, so it is not what autograd makes of the forward.
+    for S, activation, output, at in (
+        (None, "gelu", "identity", 0),
+        (2, "swiglu", "silu", 0),
+        (2, "reglu", "relu2", 1),
+        (None, "gelu_tanh", "identity", 2),
+    ):
+        inputs, ids = case_of(9, 5, 7, 3, 4, 2, S=S, activation=activation)
+        inputs = {name: None if t is None else t.double() for name, t in inputs.items()}
+        ours = leaves(inputs)
+        routing = routing_of(ids, 4, capacity=4, align=2)
+        given = {"activation": activation, "output_activation": output, "device": "cpu"}
+        arguments = registered_arguments(ours, routing, p=0.3, at=at, **given)
+        out, h, y = _expert_mlp_reference.forward(*arguments, True)
+        grad = torch.randn_like(out)
+        wanted = gradients(out, ours, grad)
+        mask = [ours[name] is not None for name in NAMES]
+        got = _expert_mlp_reference.backward(
+            grad, *arguments[:11], h.detach(), y.detach(), *arguments[11:], mask
+        )
+        for name, tensor in zip(NAMES, got, strict=True):
+            if name in wanted:
+                torch.testing.assert_close(tensor, wanted[name])
+
+
+def test_compiles_to_one_graph(impl):
+    op, device = impl
+    inputs, ids = case_of(10, 6, 7, 5, 4, 2, device=device, S=2, activation="swiglu")
+    routing = routing_of(ids, 4)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    ours, theirs = leaves(inputs), leaves(inputs)
+    outs = [
+        call(function, given, ids, routing, **ALL)
+        for function, given in ((op, ours), (compiled, theirs))
+    ]
+    assert torch.equal(*outs)
+    upstream = torch.randn_like(outs[0])
+    got, wanted = gradients(outs[1], theirs, upstream), gradients(outs[0], ours, upstream)
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint_drops_the_same_again(use_reentrant, impl):
+    op, device = impl
+    inputs, ids = case_of(10, 6, 7, 5, 4, 2, device=device)
+    routing = routing_of(ids, 4)
+    results = []
+    for again in (False, True):
+        ours = leaves(inputs)
+        torch.manual_seed(5)  # the seed of the dropout comes from here
+
+        def layer(x, ours=ours):
+            given = ours | {"x": x}
+            return call(op, given, ids, routing, dropout_p=0.5, output_dropout_p=0.2, seed=None)
+
+        if again:
+            out = checkpoint(layer, ours["x"], use_reentrant=use_reentrant)
+        else:
+            out = layer(ours["x"])
+        out.square().sum().backward()
+        results.append((out, *(ours[name].grad for name in NAMES if ours[name] is not None)))
+    assert all(map(torch.equal, *results))
+
+
+def test_seed_is_drawn_from_torch(impl):
+    op, device = impl
+    inputs, ids = case_of(30, 6, 16, 8, 4, 2, device=device)
+    routing = routing_of(ids, 4)
+    outs = []
+    for start in (1, 1, 2):
+        torch.manual_seed(start)
+        outs.append(call(op, inputs, ids, routing, dropout_p=0.5, seed=None))
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+    state = torch.get_rng_state()
+    call(op, inputs, ids, routing)  # no dropout, no draw
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_dropout_keeps_the_mean(impl):
+    op, device = impl
+    inputs, ids = case_of(1, 6, 32, 4, 3, 2, device=device)
+    inputs = inputs | {name: inputs[name].expand(2000, -1) for name in ("x", "topk_weights")}
+    ids = ids.expand(2000, -1).contiguous()
+    routing = routing_of(ids, 3)
+    plain = call(op, inputs, ids, routing)[0]
+    dropped = call(op, inputs, ids, routing, dropout_p=0.3, output_dropout_p=0.3)
+    # Six standard errors of the mean of 2,000 rows, each with masks of its own.
+    assert ((dropped.mean(0) - plain).abs() < 6 * dropped.std(0) / 2000**0.5).all()
+
+
+def test_autocast_rounds_the_inputs(impl):
+    op, device = impl
+    inputs, ids = case_of(20, 16, 24, 16, 4, 2, device=device, S=2)
+    routing = routing_of(ids, 4)
+    ours = leaves(inputs)
+    with torch.autocast(device, torch.bfloat16):
+        out = call(op, ours, ids, routing)
+    rounded = {
+        name: tensor.bfloat16() if name != "topk_weights" else tensor
+        for name, tensor in inputs.items()
+    }
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, call(op, rounded, ids, routing))
+    # Gradients arrive in float32, also if the backward runs under autocast.
+    upstream = torch.randn_like(out)
+    with torch.autocast(device, torch.bfloat16):
+        grads = gradients(out, ours, upstream)
+    exact = leaves(rounded)
+    expected = formula(exact, ids, routing.inverse_ids)
+    wanted = gradients(expected, exact, upstream.double())
+    for name, grad in grads.items():
+        assert grad.dtype == torch.float32
+        assert_near(grad, wanted[name].double(), torch.bfloat16, name)
+
+
+def test_rows_without_a_slot_are_not_read_in_backward(impl):
+    _, device = impl
+    inputs, ids = case_of(20, 6, 7, 5, 4, 2, device=device)
+    routing = routing_of(ids, 4, capacity=5, align=8)
+    given = {"activation": "gelu", "output_activation": "silu", "device": device}
+    arguments = registered_arguments(inputs, routing, p=0.2, at=0, **given)
+    out, h, y = torch.ops.m2ae_kernels.expert_mlp(*arguments, True)
+    nobody = routing.sorted_ids < 0
+    assert nobody.sum() > 20
+    assert not h[nobody].any()
+    assert not y[nobody].any()
+    backward = torch.ops.m2ae_kernels.expert_mlp_backward
+    mask = [True] * 6 + [False]
+    grad = torch.randn_like(out)
+    clean = backward(grad, *arguments[:11], h, y, *arguments[11:], mask)
+    h[nobody], y[nobody] = torch.nan, torch.nan
+    poisoned = backward(grad, *arguments[:11], h, y, *arguments[11:], mask)
+    assert all(map(torch.equal, clean, poisoned))
+    assert all(tensor.isfinite().all() for tensor in clean)
+
+
+@pytest.mark.parametrize("activation,wide", [("gelu", 1), ("swiglu", 2)])
+def test_saved_memory(activation, wide, impl):
+    op, device = impl
+    T, D, H, E, k = 64, 16, 40, 4, 2
+    inputs, ids = case_of(T, D, H, D, E, k, device=device, activation=activation)
+    ours = leaves(inputs)
+    routing = routing_of(ids, E)
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call(op, ours, ids, routing, activation=activation, dropout_p=0.1, output_dropout_p=0.1)
+    parameters = sum(ours[name].nbytes for name in ("w1", "w2", "b1", "b2"))
+    N = T * k
+    # x, h, and per row: its weight, its sorted and its inverse id; with expert_offsets and the seed
+    assert sum(saved.values()) - parameters <= 4 * (T * D + N * wide * H) + 16 * N + 64
+    with torch.no_grad():
+        arguments = registered_arguments(
+            inputs,
+            routing,
+            activation=activation,
+            output_activation="silu",
+            p=0,
+            at=0,
+            device=device,
+        )
+        _, h, y = torch.ops.m2ae_kernels.expert_mlp(*arguments, False)
+    assert h.numel() == y.numel() == 0
+
+
+def test_only_what_needs_a_gradient(impl):
+    op, device = impl
+    inputs, ids = case_of(20, 6, 7, 5, 4, 2, device=device, S=2)
+    routing = routing_of(ids, 4)
+    ours = leaves(inputs)
+    out = call(op, ours, ids, routing, dropout_p=0.2)
+    upstream = torch.randn_like(out)
+    wanted = gradients(out, ours, upstream)
+    for name in NAMES:
+        alone = inputs | {name: inputs[name].clone().requires_grad_()}
+        out = call(op, alone, ids, routing, dropout_p=0.2)
+        (grad,) = torch.autograd.grad(out, alone[name], upstream)
+        assert torch.equal(grad, wanted[name])
+
+
+def test_repeats_bit_for_bit(impl):
+    op, device = impl
+    inputs, ids = case_of(200, 24, 40, 24, 5, 3, device=device)
+    routing = routing_of(ids, 5)
+    first = None
+    for _ in range(3):
+        ours = leaves(inputs)
+        out = call(op, ours, ids, routing, dropout_p=0.2)
+        result = (out, *gradients(out, ours, torch.ones_like(out)).values())
+        first = first or result
+        assert all(map(torch.equal, first, result))
+
+
+def test_threads_change_nothing(impl):
+    op, device = impl
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        # Groups of rows, splits of hidden channels and experts, more and fewer than threads.
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            torch.manual_seed(0)
+            inputs, ids = case_of(600, 20, 600, 12, 2, 1, device=device, S=2)
+            ours = leaves(inputs)
+            out = call(op, ours, ids, routing_of(ids, 2), dropout_p=0.2)
+            results.append((out, *gradients(out, ours, torch.ones_like(out)).values()))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, results[0], results[1]))
+    assert all(map(torch.equal, results[0], results[2]))
+
+
+def test_second_derivative_is_refused(impl):
+    op, device = impl
+    inputs, ids = case_of(4, 6, 7, 5, 4, 2, device=device)
+    ours = leaves(inputs)
+    out = call(op, ours, ids, routing_of(ids, 4))
+    (grad,) = torch.autograd.grad(out.square().sum(), ours["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"expert_mlp: expected one backward, got a second"):
+        grad.sum().backward()
+
+
+def test_strides(impl):
+    op, device = impl
+    inputs, ids = case_of(20, 6, 8, 6, 4, 2, device=device, S=2)
+    routing = routing_of(ids, 4)
+    expected = call(op, inputs, ids, routing)
+    strided = {name: tensor.mT.contiguous().mT for name, tensor in inputs.items()}
+    strided["b1"] = torch.stack([inputs["b1"]] * 2, -1)[..., 0]
+    ours = leaves(inputs)
+    wanted = gradients(call(op, ours, ids, routing), ours, torch.ones_like(expected))
+    for tensor in strided.values():
+        tensor.requires_grad_()
+    out = call(op, strided, ids, routing)
+    assert torch.equal(out, expected)
+    grads = gradients(out, strided, torch.ones(1, 1, device=device).expand(out.shape))
+    for name, grad in grads.items():
+        assert_near(grad, wanted[name].double(), torch.float32, name)
