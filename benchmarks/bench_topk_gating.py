@@ -4,7 +4,9 @@ python benchmarks/bench_topk_gating.py [--device cuda] [--threads 2] [--experts 
     [--tokens 1024,16384] [--dtypes float32] [--directions both] [--seconds 10]
 
 prints a table of rows that took turns: microseconds of a call, nanoseconds of a token, how many
-times ours. `both` is forward and backward.
+times ours. `both` is forward and backward. On Linux CPUs run it also with the GLIBC_TUNABLES that
+contrastive.py names: rows take turns, and what eager PyTorch gives back to the system, ours has to
+fetch again.
 """
 
 import argparse

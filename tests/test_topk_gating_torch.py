@@ -116,7 +116,9 @@ def test_reference_exports(score):
     assert all(map(torch.equal, program.module()(more), Gate()(more)))
 
 
-def test_repeats_for_any_number_of_threads(impl):
+def test_repeats_for_any_number_of_threads(impl, request):
+    if request.node.callspec.params["impl"] == "reference":
+        pytest.skip("torch may cut its own sums by threads")
     op, device = impl
     logits = torch.randn(20011, 12, device=device, requires_grad=True)
     shift = torch.randn(2, 12, device=device, requires_grad=True)
