@@ -108,11 +108,14 @@ Gradients grouped_mm_backward_cpu(
   const Tensor a_tensor = row_ids && output_mask[1] ? gathered(mat_a, row_ids, M) : mat_a;
   const ScalarType dtype = mat_a.scalar_type();
   const Element element = grouped_mm_element(dtype);
+  // A stack is written as a whole, empty groups included; of a 2-D gradient the tail is not.
   Tensor by_a = !output_mask[0] ? torch::stable::new_empty(mat_a, {0})
                 : row_ids       ? torch::stable::new_zeros(mat_a, {M, K}, ScalarType::Float)
+                : many_a        ? torch::stable::new_empty(mat_a, mat_a.sizes())
                                 : torch::stable::new_zeros(mat_a, mat_a.sizes());
-  Tensor by_b = output_mask[1] ? torch::stable::new_zeros(mat_b, mat_b.sizes())
-                               : torch::stable::new_empty(mat_b, {0});
+  Tensor by_b = !output_mask[1] ? torch::stable::new_empty(mat_b, {0})
+                : many_b        ? torch::stable::new_empty(mat_b, mat_b.sizes())
+                                : torch::stable::new_zeros(mat_b, mat_b.sizes());
   const bool needs_bias = output_mask[2] && bias;
   Tensor by_bias = torch::stable::new_empty(
       mat_a, needs_bias ? std::vector<int64_t>{E, C} : std::vector<int64_t>{0});
