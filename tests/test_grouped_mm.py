@@ -169,6 +169,34 @@ def test_sums_over_many_rows_are_float32(impl):
     assert out.flatten().tolist() == [1.0, 69_999.0]
 
 
+def test_larger_than_every_tile(impl):
+    # Rows, columns and depth in several pieces, each with a rest.
+    op, device = impl
+    for form in FORMS:
+        operands = case_of(form, [1100, 30], 150, 530, 270, device=device)
+        assert_matches(op, operands)
+        if form[2] == "3":
+            operands = case_of(form, [1100, 30], 150, 530, 540, device=device)
+            assert_matches(op, operands, activation="swiglu")
+
+
+def test_threads_change_nothing(impl):
+    op, device = impl
+    threads = torch.get_num_threads()
+    operands = case_of("2x3", [1100, 30], 0, 64, 270, device=device)
+    results = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            ours = leaves(operands)
+            out = op(**ours, activation="gelu")
+            results.append((out, *of_leaves(out, ours, torch.ones_like(out)).values()))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, results[0], results[1]))
+    assert all(map(torch.equal, results[0], results[2]))
+
+
 def test_rows_do_not_see_each_other(impl):
     op, device = impl
     operands = case_of("2x3", [40, 30], 0, 16, 24, device=device)

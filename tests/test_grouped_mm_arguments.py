@@ -62,3 +62,18 @@ def test_values(given, match):
 def test_types(given, match):
     with pytest.raises(TypeError, match=f"grouped_mm: .*{match}"):
         grouped_mm(**({"mat_a": A, "mat_b": B, "offs": OFFS} | given))
+
+
+@pytest.mark.parametrize(
+    "given,match",
+    [
+        ({"offs": torch.tensor([2, 1, 6])}, "offs that do not decrease, up to 6, got 1 after 2"),
+        ({"offs": torch.tensor([2, 4, 7])}, "offs that do not decrease, up to 6, got 7 after 4"),
+        ({"offs": torch.tensor([-1, 4, 6])}, "offs that do not decrease, up to 6, got -1 after 0"),
+        ({"a_ids": torch.tensor([0, 1, 2, 3, 4, 6])}, r"a_ids in \[-1, 6\), got 6"),
+        ({"a_ids": torch.tensor([0, 1, 2, 3, 4, -2])}, r"a_ids in \[-1, 6\), got -2"),
+    ],
+)
+def test_values_that_point_outside(given, match):
+    with pytest.raises(ValueError, match=f"grouped_mm: expected {match}"):
+        grouped_mm(**({"mat_a": A, "mat_b": B, "offs": OFFS} | given))

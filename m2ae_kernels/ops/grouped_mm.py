@@ -11,10 +11,12 @@ from 0. Math, by the dimensions of the operands:
 The backward of each consists of others: for the first, with g = dout act'(h), da_i = g_i B_e^T,
 dB_e = A_e^T g_e over the rows of e, dbias_e = sum of g over the same rows.
 
-Kernels: none yet; the reference serves every device, sparsely: ops/_grouped_mm_reference.py.
+Kernels: csrc/cpu/grouped_mm.cpp and grouped_mm_backward.cpp on the CPU, with products in float32
+for every dtype. Elsewhere the reference serves, sparsely: ops/_grouped_mm_reference.py.
 Like torch.nn.functional.grouped_mm, of which it is a superset; Gale et al. 2022, "MegaBlocks".
 """
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -65,13 +67,19 @@ def grouped_mm(
     to the autocast dtype. For float64, see m2ae_kernels.reference.grouped_mm.
 
     Raises:
-        ValueError: shapes do not fit, offs is missing or superfluous, or an epilogue is asked for
-            where there is none.
+        ValueError: shapes do not fit, offs is missing or superfluous, an epilogue is asked for
+            where there is none, or, on the CPU, offs decrease or an id is out of range.
         TypeError: a dtype or a device is not as above.
     """
     cure = "; m2ae_kernels.reference.grouped_mm takes float64"
     expect_dtype("grouped_mm", "mat_a", mat_a, FLOATING, cure)
-    return _grouped_mm_of(registered, mat_a, mat_b, offs, bias, activation, out_dtype, a_ids)
+    try:
+        return _grouped_mm_of(registered, mat_a, mat_b, offs, bias, activation, out_dtype, a_ids)
+    except RuntimeError as error:
+        expected = re.search(r"grouped_mm: expected (offs|a_ids)[^\n]*", str(error))
+        if expected is None:
+            raise
+        raise ValueError(expected[0]) from None  # what only the kernel looks at: values
 
 
 def reference(
