@@ -33,6 +33,7 @@ from m2ae_kernels.ops import (
 from m2ae_kernels.ops._info_nce_loss_reduction import ContrastiveMetrics
 from m2ae_kernels.ops._moe_routing import MoERouting
 from m2ae_kernels.ops.topk_gating import TopkGatingOutput
+from m2ae_kernels.transformers_experts import register_transformers_experts
 
 __all__ = [
     "ContrastiveMetrics",
@@ -53,6 +54,7 @@ __all__ = [
     "nt_xent_loss",
     "patch_embed",
     "reference",
+    "register_transformers_experts",
     "router_entropy_loss",
     "router_z_loss",
     "siglip_loss",
