@@ -33,6 +33,7 @@ from m2ae_kernels.ops import (
 from m2ae_kernels.ops._info_nce_loss_reduction import ContrastiveMetrics
 from m2ae_kernels.ops._moe_routing import MoERouting
 from m2ae_kernels.ops.topk_gating import TopkGatingOutput
+from m2ae_kernels.routing_formats import from_routing_map, to_routing_map, vllm_topk_softmax
 from m2ae_kernels.transformers_experts import register_transformers_experts
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "distributed",
     "ema_update_",
     "expert_mlp",
+    "from_routing_map",
     "gate_topk",
     "grouped_mm",
     "info_nce_loss",
@@ -59,6 +61,8 @@ __all__ = [
     "router_z_loss",
     "siglip_loss",
     "sup_con_loss",
+    "to_routing_map",
     "topk_gating",
+    "vllm_topk_softmax",
 ]
 __version__ = "0.1.0"
