@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from moe_layers import PRODUCTS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -131,7 +132,7 @@ def torch_grouped_mm(layer):
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)).to(order))
     counts = torch.zeros(len(layer.w1), dtype=torch.int32, device=flat.device)
     offs = counts.index_add(0, flat, torch.ones_like(flat, dtype=torch.int32)).cumsum(0)
-    product = products[u.dtype == torch.bfloat16]
+    product = PRODUCTS[u.dtype == torch.bfloat16]
     h = product(u[order // layer.k], layer.w1.mT, offs.int())
     if layer.b1 is not None:
         h = h + layer.b1[flat[order]]
@@ -140,14 +141,6 @@ def torch_grouped_mm(layer):
         y = y + layer.b2[flat[order]]
     y = y[inverse].view(*ids.shape, -1)
     return (y * weights[..., None].to(y.dtype)).sum(1)
-
-
-def product(a, b, offs):
-    return F.grouped_mm(a, b, offs=offs)
-
-
-# Inductor takes torch's grouped_mm in bfloat16 alone: else it compiles what is between.
-products = {True: product, False: torch.compiler.disable(product)}
 
 
 def transformers_grouped_mm(layer):
