@@ -3,8 +3,9 @@
 Each op is one name in four places: `m2ae_kernels.<op>` to call, `torch.ops.m2ae_kernels.<op>` under
 the dispatcher, `m2ae_kernels.reference.<op>` as its plain-PyTorch definition, and
 m2ae_kernels/ops/<op>.py to read. `python -m m2ae_kernels` prints which kernel serves which device.
-On top of them, without kernels of their own: contrastive.py, `m2ae_kernels.nn` with modules, and
-`m2ae_kernels.distributed` with losses over the rows of several processes.
+On top of them, without kernels of their own: contrastive.py, moe.py, `m2ae_kernels.nn` with
+modules, and `m2ae_kernels.distributed` with losses over the rows of several processes; and what
+other libraries have it as: transformers_experts.py, routing_formats.py.
 
     import torch
     from m2ae_kernels import info_nce_loss
@@ -12,7 +13,7 @@ On top of them, without kernels of their own: contrastive.py, `m2ae_kernels.nn` 
     scale = torch.tensor(14.3, requires_grad=True)
     info_nce_loss(images, texts, scale, normalize=True).backward()
 
-docs/contrastive_losses.md has more, and measured figures.
+docs/contrastive_losses.md has more, and measured figures; docs/mixture_of_experts.md the rest.
 """
 
 from m2ae_kernels import distributed, nn, reference
