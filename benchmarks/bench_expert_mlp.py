@@ -1,8 +1,8 @@
 """expert_mlp against the layers that users write: benchmarks/moe_layers.py.
 
-`python benchmarks/bench_expert_mlp.py [--threads N]` lets the rivals take turns, forward and
-backward, which is what a ratio on a shared machine needs, and adds the peak memory of one call,
-without the gradients that it returns.
+`python benchmarks/bench_expert_mlp.py [--device cuda] [--threads N] [--layer D H E k]` lets the
+rivals take turns, forward and backward, which is what a ratio on a shared machine needs, and adds
+the peak memory of one call, without the gradients that it returns.
 """
 
 import argparse
@@ -80,9 +80,11 @@ def bench_expert_mlp(impl, direction, device, bench):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
+    parser.add_argument("--layer", type=int, nargs=4, default=LAYER, metavar=("D", "H", "E", "K"))
     parser.add_argument("--impls", nargs="+", default=list(IMPLS))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--directions", nargs="+", default=["forward", "both"])
@@ -93,23 +95,26 @@ def main():
     torch.set_num_threads(given.threads)
     dtype = getattr(torch, given.dtype)
     if given.peak:
-        call_of(given.peak, 64, 64, 64, 2, 1, dtype, "cpu", "both")()  # what is loaded once
-        call = call_of(given.peak, given.tokens[0], *LAYER, dtype, "cpu", "both")
+        case = (dtype, given.device, "both")
+        call_of(given.peak, 64, 64, 64, 2, 1, *case)()  # what is loaded once
+        call = call_of(given.peak, given.tokens[0], *given.layer, *case)
         if given.peak == "compile":
             call()  # what compiling takes is not the layer's
         grads = []
-        peak = side_by_side.peak_mb(lambda: grads.extend(call()))
+        peak = side_by_side.peak_mb(lambda: grads.extend(call()), given.device)
         print(peak - sum(grad.nbytes for grad in grads) / 1e6)
         return
-    print(side_by_side.machine("cpu"))
+    print(side_by_side.machine(given.device))
     for T in given.tokens:
         for direction in given.directions:
             torch.compiler.reset()  # else `compile` runs eagerly, from the ninth case on
-            calls = {i: call_of(i, T, *LAYER, dtype, "cpu", direction) for i in given.impls}
-            print(f"T = {T}, D, H, E, k = {LAYER}, {given.dtype}, {direction}")
-            table = side_by_side.compare(calls, "m2ae_kernels", seconds=given.seconds)
+            case = (T, *given.layer, dtype, given.device, direction)
+            calls = {impl: call_of(impl, *case) for impl in given.impls}
+            print(f"T = {T}, D, H, E, k = {given.layer}, {given.dtype}, {direction}")
+            table = side_by_side.compare(calls, "m2ae_kernels", given.device, given.seconds)
             for impl, (ms, ratio) in table.items():
                 flags = ("--threads", given.threads, "--dtype", given.dtype, "--tokens", T)
+                flags += ("--device", given.device, "--layer", *given.layer)
                 line = f"  {impl:14} {ms:8.1f} ms  {ratio:5.2f}x ours"
                 if direction == "both":
                     peak = side_by_side.in_fresh_process(__file__, *flags, "--peak", impl)

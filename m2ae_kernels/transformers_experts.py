@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from m2ae_kernels.ops.expert_mlp import expert_mlp
+from m2ae_kernels.ops.expert_mlp import FLOATING, expert_mlp
 
 _OP = "register_transformers_experts"
 # What transformers calls an activation, and what expert_mlp does. Several names are one function.
@@ -43,9 +43,9 @@ def register_transformers_experts(name: str = "m2ae_kernels", model: Any = None)
     Experts that are served: stacked weights in either order of dimensions, with or without biases;
     gated by silu, gelu or relu, gate rows before up rows; or not gated, by these, tanh's gelu, the
     square of relu, or nothing. Experts with a gate of their own (clamped, as in gpt-oss), with
-    interleaved rows, with a norm behind them or with any other activation are refused; the error
-    comes here, or without `model`, from the first forward. An id of E or more, which transformers
-    gives to experts of another rank, is skipped.
+    interleaved rows, with a norm behind them, with any other activation, or quantized, are
+    refused; the error comes here, or without `model`, from the first forward. An id of E or more,
+    which transformers gives to experts of another rank, is skipped.
 
     Router weights are taken as float32, and sums are float32, for every dtype. Weights in
     [E, D, 2 H], as in Aria, are handed on as strided views; the CPU kernel makes a dense copy of
@@ -75,6 +75,7 @@ def register_transformers_experts(name: str = "m2ae_kernels", model: Any = None)
         return
     if not hasattr(model, "set_experts_implementation"):
         raise TypeError(f"{_OP}: expected a transformers model, got {type(model).__name__}")
+    # What transformers' decorator sets on experts, and on nothing else.
     dispatched = [module for module in model.modules() if hasattr(module, "is_transposed")]
     if not dispatched:
         raise ValueError(
@@ -114,6 +115,9 @@ def _activation_of(experts: Any, known: dict[type[Any], str], default_gate: str)
         )
 
     gated = experts.has_gate
+    for weight in (experts.gate_up_proj if gated else experts.up_proj, experts.down_proj):
+        if weight.dtype not in FLOATING:  # quantized ones have a registry of their own
+            raise refuse("weights in float32, bfloat16 or float16", weight.dtype)
     # transformers 5.9 has no post_expert_norm.
     if getattr(experts, "has_post_expert_norm", False):
         raise refuse("no norm behind the experts", "post_expert_norm")
