@@ -127,6 +127,17 @@ unsigned __match_any_sync(unsigned mask, T value) {
   return emu::lanes_where(round, [&](int lane) { return emu::value_of<T>(round, lane) == value; });
 }
 
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  const emu::Round& round = emu::meet(mask, value, "__reduce_max_sync");
+  unsigned largest = value;
+  for (int lane = 0; lane < emu::kLanes; ++lane) {
+    if (!(round.lanes >> lane & 1)) continue;
+    const unsigned other = emu::value_of<unsigned>(round, lane);
+    if (other > largest) largest = other;
+  }
+  return largest;
+}
+
 // ---- atomics: one OS thread runs the whole grid, so plain read-modify-write is atomic
 
 template <typename T, typename U>
