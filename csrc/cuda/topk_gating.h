@@ -10,7 +10,7 @@
 
 namespace m2ae::cuda {
 
-constexpr int kGatingMaxExperts = 1024;  // 32 for each lane of a warp
+constexpr int kGatingMaxExperts = 1024;   // 32 for each lane of a warp
 constexpr int kGatingThreadExperts = 32;  // more than so many are shared by the lanes of a warp
 
 // In the order of m2ae_kernels/ops/_topk_gating_reference.py

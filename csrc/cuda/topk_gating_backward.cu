@@ -13,6 +13,10 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kLanes;
+// As many registers as a row takes. Many experts of a lane fill shared memory before registers.
+constexpr int kRegisters = 65536;  // of a multiprocessor
+template <bool kWarp, int kN>
+constexpr int kMinBlocksOf = kRegisters / (kN < (kWarp ? 16 : 32) ? 64 : 96) / kThreads;
 
 template <bool kWarp, int kN>
 class GradientRows {
@@ -93,9 +97,7 @@ class GradientRows {
   }
 
   // Where expert e of the row is in a tile.
-  __device__ int place(int e) const {
-    return kWarp ? e % kN * kLanes + e / kN : e * kLanes + lane;
-  }
+  __device__ int place(int e) const { return kWarp ? e % kN * kLanes + e / kN : e * kLanes + lane; }
 
   __device__ __forceinline__ void write(const Row& row) const {
     if (row.t >= given.T || row.n <= 0) return;
@@ -121,7 +123,10 @@ class GradientRows {
     if (of_all) row.find_distribution(false, has_entropy, given.grad_probs_sum);
     float* const chosen = chosen_ + lane;
 #pragma unroll
-    for (int i = 0; i < kN; ++i) chosen[i * kLanes] = 0;
+    for (int i = 0; i < kN; ++i) {
+      row.column[i * kLanes] = row.z[i];
+      chosen[i * kLanes] = 0;
+    }
     if (kWarp) __syncwarp();
     const bool is_there = t < given.T;
     const int64_t r = row.row();
@@ -139,7 +144,7 @@ class GradientRows {
     if (row.is_plain && !row.is_infinite && row.present) {
 #pragma unroll
       for (int i = 0; i < kN; ++i) {
-        const float d = row.z[i] - row.top;
+        const float d = row.column[i * kLanes] - row.top;
         row.z[i] = chosen[i * kLanes] + dense(row, i, d, common, dH, inverse, of_all);
       }
       return;
@@ -160,8 +165,6 @@ class GradientRows {
   __device__ __forceinline__ void find_special(
       Row& row, float* chosen, float common, float dH, float inverse, bool of_all) {
     const bool is_nan = row.has_nan && !given.zero_nan;
-#pragma unroll
-    for (int i = 0; i < kN; ++i) row.column[i * kLanes] = row.z[i];
 #pragma unroll 1
     for (int i = 0; i < row.n; ++i) {
       const float z = row.column[i * kLanes], d = row.relative_score_of(z) - row.top;
@@ -175,7 +178,8 @@ class GradientRows {
     for (int i = 0; i < kN; ++i) row.z[i] = chosen[i * kLanes];
   }
 
-  // Sums over the chosen of a row: by one thread, or by the lanes of a warp.
+  // visit(logit, gradient of the weight, where that of the log-score goes) for the chosen of a row:
+  // by one thread, or by the lanes of a warp.
   template <typename Visit>
   __device__ __forceinline__ void each_chosen(const Row& row, const Visit& visit) const {
     const int64_t slots = row.row() * given.k;
@@ -183,7 +187,8 @@ class GradientRows {
     for (int j = kWarp ? lane : 0; j < given.k; j += kWarp ? kLanes : 1) {
       const int id = given.ids[slots + j];
       if (id < 0 || id >= given.E) continue;
-      visit(id, given.grad_weights[slots + j] * given.routed_scaling_factor);
+      const float dw = given.grad_weights[slots + j] * given.routed_scaling_factor;
+      visit(tile_[place(id)], dw, chosen_[place(id)]);
     }
   }
 
@@ -192,39 +197,35 @@ class GradientRows {
     if (!given.norm_topk_prob) {
       const float inverse = 1.f / row.total;
       float sum = 0;
-      each_chosen(row, [&](int id, float dw) {
-        const float z = row.logit(id);
+      each_chosen(row, [&](float z, float dw, float& gradient) {
         const float x = in_softmax ? exp_of(row.relative_score_of(z) - row.top) * inverse * dw
                                    : exp_of(row.log_score_of(z)) * dw;
         sum += x;
-        chosen_[place(id)] = x;
+        gradient = x;
       });
       if (!in_softmax) return 0;
       return kWarp ? sum_of_lanes(sum) : sum;
     }
     float base = -infinity();
-    each_chosen(row, [&](int id, float) {
-      base = fmaxf(base, row.relative_score_of(row.logit(id)));
-    });
+    each_chosen(row, [&](float z, float, float&) { base = fmaxf(base, row.relative_score_of(z)); });
     if (kWarp)
       for (int bits = kLanes / 2; bits > 0; bits /= 2)
         base = fmaxf(base, __shfl_xor_sync(kAll, base, bits));
     if (base == -infinity()) base = 0;
     float sum = 0, dot = 0;
-    each_chosen(row, [&](int id, float dw) {
-      const float x = exp_of(row.relative_score_of(row.logit(id)) - base);
+    each_chosen(row, [&](float z, float dw, float& gradient) {
+      const float x = exp_of(row.relative_score_of(z) - base);
       sum += x;
       dot += x * dw;
-      chosen_[place(id)] = x;
+      gradient = x;
     });
     if (kWarp) {
       sum = sum_of_lanes(sum);
       dot = sum_of_lanes(dot);
     }
     const float inverse = 1.f / (sum == 0 ? 1.f : sum);
-    each_chosen(row, [&](int id, float dw) {
-      chosen_[place(id)] *= inverse * (dw - dot * inverse);
-    });
+    each_chosen(
+        row, [&](float, float dw, float& gradient) { gradient *= inverse * (dw - dot * inverse); });
     return 0;
   }
 
@@ -237,7 +238,7 @@ class GradientRows {
 // With `by_stream`, a block has rows of streams blockIdx.y, blockIdx.y + gridDim.y, ..., one after
 // the other; else rows of all streams.
 template <bool kWarp, int kN>
-__global__ void __launch_bounds__(kThreads, 65536 / kRegistersOf<kWarp, kN> / kThreads)
+__global__ void __launch_bounds__(kThreads, kMinBlocksOf<kWarp, kN>)
     topk_gating_backward_kernel(GatingBackward given, bool by_stream) {
   using Rows = GradientRows<kWarp, kN>;
   M2AE_DYNAMIC_SHARED(float, shared);

@@ -15,10 +15,6 @@ namespace {
 
 constexpr int kLanes = 32;
 constexpr unsigned kAll = 0xffffffffu;
-// Registers of a thread, as few as hold its row and no fewer. The most experts of a warp fill the
-// shared memory before they fill the registers.
-template <bool kWarp, int kN>
-constexpr int kRegistersOf = kN < 32 ? 64 : kWarp ? 96 : 80;
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLowestExponent = -87.3f;  // exp() of less is below the smallest normal number
 constexpr float kFar = -20.f;              // as in _topk_gating_reference.py
@@ -136,12 +132,12 @@ struct GatingRow {
 
   int64_t s = 0, t = 0;
   bool present = false, has_nan = false, is_infinite = false, is_shared = false, is_plain = true;
-  float z[kN];          // -inf beyond n
-  float top = 0;        // log-score, or 0 where the log-scores are relative to nothing finite
-  float highest = 0;    // logit
-  float total = 1;      // sum of exp(a - top), 1 where it would be 0
-  float weighed = 0;    // sum of exp(a - top) (a - top)
-  float dot = 0;        // sum of exp(a - top) times what find_distribution() was given
+  float z[kN];        // -inf beyond n
+  float top = 0;      // log-score, or 0 where the log-scores are relative to nothing finite
+  float highest = 0;  // logit
+  float total = 1;    // sum of exp(a - top), 1 where it would be 0
+  float weighed = 0;  // sum of exp(a - top) (a - top)
+  float dot = 0;      // sum of exp(a - top) times what find_distribution() was given
 
   __device__ GatingRow(const GatingInput& input, float* tile)
       : given(input),

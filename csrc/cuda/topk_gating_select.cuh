@@ -32,59 +32,63 @@ __device__ __forceinline__ uint32_t take_best(uint32_t (&key)[kN], int* id) {
 }
 
 // The best of a lane's keys, sorted, lower experts before their equals. A lane of 32 seldom gives
-// more than three of the k, so that few lanes of few rows look through their keys again.
+// more than three of the k, so that few lanes of few rows look through their keys again; for them
+// the keys are in the lane's column.
 template <int kN>
-struct LaneBest {
-  static constexpr int kDepth = kN < 3 ? kN : 3;
-  uint32_t key[kDepth];
-  int id[kDepth];  // of the lane's experts
-
-  // From those that come after an expert that is gone, or from all.
-  template <bool all>
-  __device__ __forceinline__ void fill(
-      const uint32_t (&keys)[kN], uint32_t gone_key = 0, int gone_id = 0) {
-#pragma unroll
-    for (int d = 0; d < kDepth; ++d) {
-      key[d] = 0;
-      id[d] = 0;
-    }
+class LaneBest {
+ public:
+  __device__ __forceinline__ LaneBest(const uint32_t (&keys)[kN], float* column) : column_(column) {
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
-      uint32_t x = keys[i];
-      if (!all) x = x < gone_key || (x == gone_key && i > gone_id) ? x : 0;
-#pragma unroll
-      for (int d = kDepth - 1; d > 0; --d) {
-        id[d] = x > key[d - 1] ? id[d - 1] : x > key[d] ? i : id[d];
-        key[d] = larger(key[d], smaller(key[d - 1], x));
-      }
-      id[0] = x > key[0] ? i : id[0];
-      key[0] = larger(key[0], x);
+      column[i * kLanes] = __int_as_float(int(keys[i]));
+      push(keys[i], i);
     }
   }
 
-  __device__ __forceinline__ void drop_first(const uint32_t (&keys)[kN]) {
-    const uint32_t gone_key = key[0];
-    const int gone_id = id[0];
+  // The best of all lanes, which is gone then, and which expert it is.
+  __device__ __forceinline__ uint32_t take(int lane, int* id) {
+    const uint32_t best = __reduce_max_sync(kAll, key_[0]);
+    const int winner = __ffs(int(__ballot_sync(kAll, key_[0] == best))) - 1;
+    *id = winner * kN + __shfl_sync(kAll, id_[0], winner);
+    if (lane == winner) drop_first();
+    return best;
+  }
+
+ private:
+  static constexpr int kDepth = kN < 3 ? kN : 3;
+
+  __device__ __forceinline__ void push(uint32_t x, int i) {
+#pragma unroll
+    for (int d = kDepth - 1; d > 0; --d) {
+      id_[d] = x > key_[d - 1] ? id_[d - 1] : x > key_[d] ? i : id_[d];
+      key_[d] = larger(key_[d], smaller(key_[d - 1], x));
+    }
+    id_[0] = x > key_[0] ? i : id_[0];
+    key_[0] = larger(key_[0], x);
+  }
+
+  __device__ __forceinline__ void drop_first() {
+    const uint32_t gone = key_[0];
+    const int gone_id = id_[0];
 #pragma unroll
     for (int d = 0; d + 1 < kDepth; ++d) {
-      key[d] = key[d + 1];
-      id[d] = id[d + 1];
+      key_[d] = key_[d + 1];
+      id_[d] = id_[d + 1];
     }
-    key[kDepth - 1] = 0;
-    if (key[0] == 0) fill<false>(keys, gone_key, gone_id);
+    key_[kDepth - 1] = 0;
+    if (key_[0] != 0) return;
+    // Those that come after the one that is gone.
+#pragma unroll 1
+    for (int i = 0; i < kN; ++i) {
+      const auto x = uint32_t(__float_as_int(column_[i * kLanes]));
+      push(x < gone || (x == gone && i > gone_id) ? x : 0, i);
+    }
   }
-};
 
-// The best of a warp's keys, which is gone then.
-template <int kN>
-__device__ __forceinline__ uint32_t take_best_of_warp(
-    LaneBest<kN>& mine, const uint32_t (&keys)[kN], int lane, int* id) {
-  const uint32_t best = __reduce_max_sync(kAll, mine.key[0]);
-  const int winner = __ffs(int(__ballot_sync(kAll, mine.key[0] == best))) - 1;
-  *id = winner * kN + __shfl_sync(kAll, mine.id[0], winner);
-  if (lane == winner) mine.drop_first(keys);
-  return best;
-}
+  uint32_t key_[kDepth] = {};
+  int id_[kDepth] = {};  // of the lane's experts
+  const float* column_;
+};
 
 // What an expert is chosen by where the logit alone does not tell: its score and bias.
 template <bool kWarp, int kN>
@@ -104,8 +108,8 @@ __device__ __forceinline__ float* tile_at(float* tile, int lane, int e) {
   return kWarp ? tile + e % kN * kLanes + e / kN : tile + e * kLanes + lane;
 }
 
-// The sum of the best of group g, in descending order. Experts of -inf and NaN add nothing, but to a
-// group that has no other.
+// The sum of the best of group g, in descending order. Experts of -inf and NaN add nothing, but to
+// a group that has no other.
 template <bool kWarp, int kN>
 __device__ uint32_t group_key(const GatingForward& given, float* tile, int lane, int g) {
   const int size = given.E / given.n_group;
@@ -152,13 +156,11 @@ __device__ void leave_best_groups(
   uint32_t kept = 0;  // a bit for each group of the thread
 #pragma unroll 1
   for (int g = begin; g < G; g += kStep) {
-    const auto mine =
-        uint32_t(__float_as_int(*tile_at<kWarp, kN>(tile, lane, g * size)));
+    const auto mine = uint32_t(__float_as_int(*tile_at<kWarp, kN>(tile, lane, g * size)));
     int better = 0;
 #pragma unroll 1
     for (int other = 0; other < G; ++other) {
-      const auto x =
-          uint32_t(__float_as_int(*tile_at<kWarp, kN>(tile, lane, other * size)));
+      const auto x = uint32_t(__float_as_int(*tile_at<kWarp, kN>(tile, lane, other * size)));
       better += x > mine || (x == mine && other < g);
     }
     if (better < given.topk_group) kept |= 1u << (g / kStep);
