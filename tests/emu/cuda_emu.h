@@ -1,9 +1,9 @@
 // CUDA C++ as g++ understands it, for running .cu files on the CPU (fibers.h is the machine):
 //   g++ -x c++ -std=c++17 -DM2AE_EMU -Itests/emu -I$CUDA_HOME/include file.cu
 // Understood: grids, blocks, static and dynamic shared memory, __syncthreads and its votes,
-// __syncwarp, shuffles, votes, match, the maximum of a warp, atomics, __ldg, the usual intrinsics, bf16 and fp16.
-// Not: inline PTX, CUB, cooperative groups, clusters, textures. Memory is sequentially consistent,
-// so a missing fence is not found.
+// __syncwarp, shuffles, votes, match, maximum of a warp, atomics, __ldg, the usual intrinsics, bf16
+// and fp16. Not: inline PTX, CUB, cooperative groups, clusters, textures. Memory is sequentially
+// consistent, so a missing fence is not found.
 #pragma once
 
 #include <cmath>
