@@ -101,8 +101,6 @@ def bytes_of(T, E, k, size):
 def bench_topk_gating(E, k, dtype, impl, direction, device, bench):
     """One number of tokens; the table over all is what this file prints as a program."""
     T = 1024
-    if device == "cuda":  # below, a launch takes longer than the kernel
-        T = 65536 if E <= 64 else 8192
     forth, back = bytes_of(T, E, k, dtype.itemsize)
     bench(
         f"topk_gating {direction} T={T} E={E} k={k} {dtype}",
