@@ -8,7 +8,8 @@ r"""The objective of a connector in one direction: predict the target, and tell 
 sg is a stop-gradient: with an encoder that is trained, both sides could meet at a constant. Two
 rows with one latent are one thing, and no negatives of each other.
 
-Source: Lei et al. 2025, "M3-JEPA", equations 3 to 6; smooth-L1 and tau = 0.03 are those of its code.
+Source: Lei et al. 2025, "M3-JEPA" (arXiv 2409.05929), equations 3 to 6; smooth-L1 and tau = 0.03
+are those of its code.
 """
 
 import math
@@ -47,10 +48,14 @@ def connector_loss(
     if config.alpha > 0:
         terms["pred"] = config.alpha, prediction_loss(prediction, target, config.pred_loss)
     if config.alpha < 1:
-        groups = {} if ids is None else {"query_ids": ids, "key_ids": ids}
-        same_id = "negative" if ids is None else config.same_item
         contrast = info_nce_loss(
-            query, key, 1 / config.temperature, normalize=True, same_id=same_id, **groups
+            query,
+            key,
+            1 / config.temperature,
+            normalize=True,
+            query_ids=ids,
+            key_ids=ids,
+            same_id="negative" if ids is None else config.same_item,
         )
         terms["cl"] = 1 - config.alpha, contrast
     loss = sum((share * value for share, value in terms.values()), start=query.new_zeros(()))

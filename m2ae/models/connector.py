@@ -15,8 +15,9 @@ after that mean. Both tasks share gate and experts, and are two streams of one c
 one product of the gate, one sort, one grouped product per layer.
 
 Source: Lei et al. 2025, "M3-JEPA: Multimodal alignment via multi-gate MoE based on the joint-
-embedding predictive architecture", with the GELU in (2), LayerNorm, residual and the projection of
-the key that its code has and its equations leave out.
+embedding predictive architecture" (arXiv 2409.05929), with the GELU in (2), LayerNorm, residual and
+projected key that its code has and its equations leave out; without its flaw of averaging over
+padding.
 """
 
 from pathlib import Path

@@ -101,7 +101,7 @@ def descend(
     for group in optimizer.param_groups:
         group["lr"] = config.lr * factor
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm or float("inf"))
     optimizer.step()
     return {"lr": config.lr * factor, "grad_norm": norm.item()}
