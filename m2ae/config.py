@@ -268,4 +268,4 @@ class ConnectorLossConfig:
 
     def __post_init__(self) -> None:
         _check(self, "alpha", 0 <= self.alpha <= 1, "a share in [0, 1]")
-        _check(self, "temperature", self.temperature > 0, "a number above 0")
+        _check(self, "temperature", self.temperature >= 1e-6, "1e-6 or more")

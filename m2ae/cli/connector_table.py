@@ -4,15 +4,15 @@ from typing import Any
 
 COLUMNS = {  # head of a column, in two lines, to the method in metrics.json
     "prediction\nhead": "prediction",
-    "contrastive\nhead": "contrastive",
+    "contrast\nhead": "contrastive",
     "ridge": "ridge",
     "ridge,\nshuffled": "ridge_shuffled_in_category",
     "chance": "chance",
 }
 NOTE = (
-    "Recall in percent among {n} held-out items. Ridge: closed-form linear regression, its penalty"
-    " chosen on validation items. Shuffled: trained on pairs shuffled inside their category, so"
-    " what it finds by knowing categories alone."
+    "Recall in percent among {n} held-out items, by the connector's two heads. Ridge: closed-form"
+    " linear regression, its penalty chosen on validation items; shuffled: fitted to pairs that are"
+    " shuffled inside their category, so it has learned from categories and not from items."
 )
 
 
@@ -37,7 +37,9 @@ def show_retrieval(figures: dict[str, Any]) -> None:
             table.add_row(*row, end_section=direction)
         console.print(table)
         protocol = next(iter(retrieval.values()))["protocol"]  # "1:1, 449 queries, 449 keys"
-        console.print(NOTE.format(n=protocol.split(", ")[1].split()[0]))
+        console.print(NOTE.format(n=protocol.split(", ")[1].split()[0]), highlight=False)
+    if figures.get("features"):
+        console.print(f"Features: {figures['features']}.", highlight=False)
     steps = ", ".join(f"{n} {direction}" for direction, n in figures["steps"].items())
     console.print(
         f"{figures['parameters']:,} parameters; steps: {steps};"

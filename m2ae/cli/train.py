@@ -58,12 +58,14 @@ def _train_m2ae(recipe: "Recipe", options: argparse.Namespace) -> None:
 
 
 def _train_connector(recipe: "ConnectorRecipe", options: argparse.Namespace) -> None:
+    from m2ae.data.features import EMOJI_ENCODERS
     from m2ae.evaluation.connector import evaluate_connector
     from m2ae.training.connector_run import run_connector_recipe
 
     made = run_connector_recipe(recipe, options.out, quiet=options.json)
     figures: dict[str, Any] = {
         "seed": recipe.train.seed,
+        "features": EMOJI_ENCODERS if recipe.data.manifest == "emoji" else recipe.data.features,
         "parameters": sum(p.numel() for p in made.model.parameters()),
         "steps": {" to ".join(direction): n for direction, n in made.steps_of.items()},
         "samples_per_second": made.samples_per_second,

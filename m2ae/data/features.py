@@ -13,6 +13,10 @@ from torch import Tensor
 from m2ae.data.emoji import emoji, emoji_features
 from m2ae.data.manifest import SPLITS, Record, read_manifest
 
+EMOJI_ENCODERS = (
+    "image by EfficientNet-Lite0, which was trained with ImageNet labels; text by all-MiniLM-L6-v2"
+)
+
 
 @dataclass(frozen=True, eq=False)
 class FeatureSet:
@@ -38,8 +42,7 @@ def emoji_feature_sets() -> dict[str, FeatureSet]:
     """The shipped features, of EfficientNet-Lite0 for "image" and all-MiniLM-L6-v2 for "text".
 
     Image features are square roots divided by their norm: the roots of averages over places are
-    nearer to normal than the averages. The image encoder was trained with ImageNet labels: say so
-    beside results.
+    nearer to normal than the averages. EMOJI_ENCODERS belongs beside every result on them.
 
     Returns:
         "train", "val" and "test".

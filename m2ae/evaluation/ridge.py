@@ -6,6 +6,7 @@ With X^T X = V diag(s) V^T, one decomposition serves every penalty and every Y.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -27,33 +28,52 @@ class Ridge:
     def __init__(self, x: Tensor) -> None:
         x = x.double()
         self.mean = x.mean(dim=0)  # [D]
-        self.x = x - self.mean  # [n, D]
-        self.values, self.vectors = torch.linalg.eigh(self.x.T @ self.x)  # [D], [D, D]
+        centered = x - self.mean
+        self.values, self.vectors = torch.linalg.eigh(centered.T @ centered)  # [D], [D, D]
+        self.rotated = centered @ self.vectors  # [n, D]
 
-    def predict(self, y: Tensor, penalty: float, queries: Tensor) -> Tensor:
-        """Fit, and apply.
+    def fit(self, y: Tensor) -> "RidgeFit":
+        """For one choice of outputs.
 
         Args:
             y: [n, K] training outputs.
+
+        Returns:
+            Predictions for every penalty.
+        """
+        y = y.double()
+        mean = y.mean(dim=0)
+        return RidgeFit(self, self.rotated.T @ (y - mean), mean)
+
+
+@dataclass(frozen=True, eq=False)
+class RidgeFit:
+    """Every ridge regression from the same inputs to the same outputs."""
+
+    ridge: Ridge
+    product: Tensor  # [D, K], V^T X^T Y
+    mean: Tensor  # [K] of the outputs
+
+    def predict(self, penalty: float, queries: Tensor) -> Tensor:
+        """Outputs of new inputs.
+
+        Args:
             penalty: above 0, times the mean eigenvalue of X^T X.
             queries: [Q, D] inputs.
 
         Returns:
             [Q, K] float64.
         """
-        y = y.double()
-        mean = y.mean(dim=0)
-        shrunk = self.values + penalty * self.values.mean()
-        weight = self.vectors @ ((self.vectors.T @ (self.x.T @ (y - mean))) / shrunk[:, None])
-        return (queries.double() - self.mean) @ weight + mean
+        values = self.ridge.values
+        weight = self.product / (values + penalty * values.mean())[:, None]  # [D, K], rotated
+        return (queries.double() - self.ridge.mean) @ self.ridge.vectors @ weight + self.mean
 
 
-def choose_penalty(ridge: Ridge, y: Tensor, queries: Tensor, keys: Tensor) -> float:
+def choose_penalty(fit: RidgeFit, queries: Tensor, keys: Tensor) -> float:
     """The penalty of PENALTIES by which validation items are found best.
 
     Args:
-        ridge: of the training inputs.
-        y: [n, K] training outputs.
+        fit: of the training items.
         queries: [Q, D] validation inputs.
         keys: [Q, K] validation outputs; key i belongs to query i.
 
@@ -62,7 +82,7 @@ def choose_penalty(ridge: Ridge, y: Tensor, queries: Tensor, keys: Tensor) -> fl
     """
 
     def quality(penalty: float) -> float:
-        found = retrieval_metrics(unit(ridge.predict(y, penalty, queries)), unit(keys))
+        found = retrieval_metrics(unit(fit.predict(penalty, queries)), unit(keys))
         return float(found.ranks.double().reciprocal().mean())
 
     return max(PENALTIES, key=quality)

@@ -34,7 +34,7 @@ def run_steps(
         config: how many, and how often to log and to evaluate.
         items: training samples there are.
         train_step: (step, epoch, rows of its batch) to the row of the log.
-        evaluate: makes the row of an evaluation.
+        evaluate: makes the row of an evaluation; empty if there is nothing to evaluate on.
         log: gets a row every `log_every` steps and after every evaluation.
         shown: of a row, what the terminal shows; what a row does not have is nan.
 
@@ -50,7 +50,8 @@ def run_steps(
             log.write(row)
         if config.eval_every and ((step + 1) % config.eval_every == 0 or is_last):
             seconds += time.monotonic() - start
-            log.write({"step": step, **evaluate()})
+            if found := evaluate():
+                log.write({"step": step, **found})
             start = time.monotonic()
     seconds += time.monotonic() - start
     return config.steps * config.batch_size / seconds

@@ -101,7 +101,7 @@ def test_perfect_alignment_shows_log_n_nats():
     [
         ({"alpha": 1.5}, "ConnectorLossConfig.alpha: expected a share in [0, 1], got 1.5"),
         ({"alpha": -0.1}, "ConnectorLossConfig.alpha: expected a share in [0, 1], got -0.1"),
-        ({"temperature": 0.0}, "temperature: expected a number above 0, got 0.0"),
+        ({"temperature": 0.0}, "temperature: expected 1e-6 or more, got 0.0"),
     ],
 )
 def test_configs_out_of_range_are_refused(changes, message):
