@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import re
+from pathlib import Path
 
 import pytest
 from small_connector_recipe import CONNECTOR_OVERRIDES
@@ -17,7 +19,7 @@ METHODS = ("prediction", "contrastive", "ridge", "ridge_shuffled_in_category", "
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """(standard output, folder) of two steps, on a terminal of 80 columns."""
-    folder = tmp_path_factory.mktemp("trained") / "run"
+    folder = tmp_path_factory.mktemp("trained") / "m2ae-run"
     options = [part for o in (*CONNECTOR_OVERRIDES, "train.steps=2") for part in ("--set", o)]
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
@@ -54,6 +56,22 @@ def test_the_table_fits_into_80_columns(trained):
     cells = [cell.strip() for cell in table[1].strip("│").split("│")]
     assert (cells[1], cells[4]) == ("R@10", f"{ridge:.1f}")
     assert last == f"written to {folder.resolve()}"
+
+
+def test_the_example_of_the_docs_finds_what_the_figures_say(trained, monkeypatch):
+    _, folder = trained
+    monkeypatch.chdir(folder.parent)
+    page = Path(__file__).parents[2] / "docs/connector.md"
+    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    names = {}
+    exec(example, names)
+    figures = json.loads((folder / "metrics.json").read_text())["retrieval"]["image to text"]
+    for scores, head in (("by_contrast", "contrastive"), ("by_prediction", "prediction")):
+        scores = names[scores]
+        rank = (scores >= scores.diagonal()[:, None]).sum(1)
+        # The figures' scores are rounded from float64: some pair may change places.
+        wanted = pytest.approx(figures[head]["R@10"]["percent"], abs=100 * 2 / 449)
+        assert 100 * (rank <= 10).float().mean().item() == wanted
 
 
 def test_json_is_all_that_is_printed_if_asked_for(tmp_path, capsys, monkeypatch):
