@@ -45,11 +45,18 @@ class MoEConnector(nn.Module):
 
     Args:
         config: modalities and sizes; kept as `self.config`.
+
+    Raises:
+        ValueError: a modality is called as an attribute of torch's module containers is.
     """
 
     def __init__(self, config: ConnectorConfig) -> None:
         super().__init__()
         self.config = config
+        if taken := [name for name in config.dims if hasattr(nn.ModuleDict, name)]:
+            raise ValueError(
+                f"MoEConnector: expected names that nn.ModuleDict has no attribute of, got {taken}"
+            )
         dims, d, E = config.dims, config.hidden_size, config.num_experts
         directions = {
             direction_name(source, target): dims[target]

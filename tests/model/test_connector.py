@@ -171,9 +171,10 @@ def test_swapping_task_embeddings_swaps_the_streams():
 
 def test_a_token_may_be_routed_differently_for_each_task():
     model = connector_of()
-    _, for_losses = model.moe(torch.zeros(1, 12), shift=model.task_embedding)
-    assert for_losses["entropy"].shape == (2,)
-    assert for_losses["entropy"][0] != for_losses["entropy"][1]
+    with torch.no_grad():  # embeddings that lie along the weights of experts 3 and 1
+        model.task_embedding.copy_(10 * model.moe.router.weight[[3, 1]])
+    gating = model.moe.router(torch.zeros(1, 12), shift=model.task_embedding)
+    assert gating.topk_ids[:, 0].tolist() == [3, 1]
 
 
 def test_routing_counts_tokens_of_both_tasks_and_no_padding():
@@ -209,6 +210,41 @@ def test_an_item_without_tokens_gives_the_biases_and_no_gradient():
     (output.prediction.sum() + output.query.sum()).backward()
     assert not z.grad[2].any()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_both_tasks_are_one_call_of_each_op():
+    model = connector_of()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(tokens_of("image"), "image", "text")
+    called = [event.name for event in profile.events()]
+    for op in ("topk_gating", "moe_sort", "expert_mlp"):
+        assert called.count(f"m2ae_kernels::{op}") == 1, op
+
+
+def test_compiles_to_one_graph():
+    model, mask = connector_of(), lengths_mask()
+    z = tokens_of("image", mask)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    ours, wanted = compiled(z, "image", "text", mask), model(z, "image", "text", mask)
+    assert_close(ours.prediction, wanted.prediction)
+    assert_close(ours.query, wanted.query)
+    (ours.prediction.sum() + ours.query.sum()).backward()
+    assert model.in_proj["image"].weight.grad.isfinite().all()
+
+
+def test_autocast_is_near_float32():
+    model = connector_of()
+    with torch.no_grad():  # decided by far, so that no token changes its experts
+        model.moe.router.weight.mul_(0)
+        model.moe.router.bias.copy_(torch.arange(5.0))
+    z = tokens_of("image")
+    wanted = model(z, "image", "text")
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = model(z, "image", "text")
+    # A dozen roundings to 8 bits one after the other, each an error of at most 2^-9 of its value.
+    assert relative(ours.prediction.float(), wanted.prediction) <= 12 * 2**-9
+    assert relative(ours.query.float(), wanted.query) <= 12 * 2**-9
+    assert ours.query.dtype == torch.bfloat16  # autocast did take part
 
 
 def test_a_pooled_latent_is_one_token():
@@ -275,6 +311,11 @@ def test_refusals(arguments, error, message):
         names[2] = torch.ones(B, N) if size is None else torch.ones(size, dtype=torch.bool)
     with pytest.raises(error, match=re.escape(message)):
         model(torch.zeros(shape), *names)
+
+
+def test_a_name_that_torch_needs_is_refused():
+    with pytest.raises(ValueError, match=r"no attribute of, got \['values'\]"):
+        MoEConnector(ConnectorConfig({"image": 4, "values": 3}))
 
 
 def test_an_unknown_target_is_refused():
