@@ -74,6 +74,19 @@ def test_the_example_of_the_docs_finds_what_the_figures_say(trained, monkeypatch
         assert 100 * (rank <= 10).float().mean().item() == wanted
 
 
+def test_info_counts_the_connector_of_a_checkpoint(trained, capsys):
+    _, folder = trained
+    checkpoint = folder / "checkpoint"
+    assert main(["info", str(checkpoint), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    model = MoEConnector.from_pretrained(checkpoint)
+    *parts, total = facts["parameters"].values()
+    assert sum(parts) == total == sum(p.numel() for p in model.parameters())
+    assert facts["parameters"]["moe.router"] == 4 * 16 + 4
+    assert facts["experts"]["per token"] == "2 of 4"
+    assert facts["shapes"]["text prediction"] == "(B, 384)"
+
+
 def test_json_is_all_that_is_printed_if_asked_for(tmp_path, capsys, monkeypatch):
     # The figures themselves are tested above, and take seconds.
     monkeypatch.setattr("m2ae.evaluation.connector.evaluate_connector", lambda *_: {})
