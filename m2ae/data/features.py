@@ -75,6 +75,8 @@ def read_feature_sets(manifest: str | Path, features: str | Path) -> dict[str, F
         tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: expected complete tensors, got {error}") from error
+    if not tensors:
+        raise ValueError(f"{path}: expected a tensor for each modality, got none")
     for name, rows in tensors.items():
         if rows.dim() != 2 or len(rows) != len(records) or not rows.is_floating_point():
             raise ValueError(

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -81,10 +82,19 @@ class Standardization:
 
         Raises:
             FileNotFoundError: the file is not there.
+            ValueError: it is damaged, or holds something else.
         """
-        tensors = load_file(Path(folder) / FILE)
+        path = Path(folder) / FILE
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: expected complete tensors, got {error}") from error
         parts: dict[str, dict[str, Tensor]] = {"mean": {}, "scale": {}}
         for name, tensor in tensors.items():
             part, _, modality = name.partition(".")
-            parts[part][modality] = tensor
+            parts.setdefault(part, {})[modality] = tensor
+        if set(parts) != {"mean", "scale"} or set(parts["mean"]) != set(parts["scale"]):
+            raise ValueError(
+                f"{path}: expected a mean and a scale for each modality, got {sorted(tensors)}"
+            )
         return cls(**parts)

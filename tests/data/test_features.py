@@ -104,6 +104,11 @@ def test_features_that_do_not_fit_are_refused(rows, message, tmp_path):
         read_feature_sets(write_manifest(tmp_path), write_features(tmp_path, a=rows))
 
 
+def test_a_file_without_features_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected a tensor for each modality, got none"):
+        read_feature_sets(write_manifest(tmp_path), write_features(tmp_path))
+
+
 def test_a_missing_or_cut_file_is_an_error(tmp_path):
     manifest = write_manifest(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"expected a safetensors file, got .*nowhere"):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from m2ae.modalities.features import Standardization
@@ -32,6 +33,18 @@ def test_what_is_saved_is_loaded(tmp_path):
         assert torch.equal(loaded(features)[name], rows)
     with pytest.raises(FileNotFoundError):
         Standardization.load(tmp_path / "nowhere")
+
+
+def test_a_damaged_file_and_another_one_are_refused(tmp_path):
+    Standardization.measure({"a": torch.randn(9, 4)}).save(tmp_path)
+    path = tmp_path / "standardization.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="expected complete tensors"):
+        Standardization.load(tmp_path)
+    for tensors in ({"mean.a": torch.ones(4)}, {"weight": torch.ones(4)}):
+        save_file(tensors, path)
+        with pytest.raises(ValueError, match="expected a mean and a scale for each modality, got"):
+            Standardization.load(tmp_path)
 
 
 def test_features_that_never_vary_are_refused():
