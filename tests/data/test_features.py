@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.testing import assert_close
 
 from m2ae.data.emoji import emoji, emoji_features
 from m2ae.data.features import emoji_feature_sets, read_feature_sets, same_items
@@ -31,7 +32,7 @@ def write_features(folder, **tensors):
 
 def test_shipped_features_are_those_of_the_splits() -> None:
     sets = emoji_feature_sets()
-    ids, _, text = emoji_features()
+    ids, image, text = emoji_features()
     row_of = {name: row for row, name in enumerate(ids)}
     assert {split: len(items) for split, items in sets.items()} == {
         "train": 1307, "val": 143, "test": 449,
@@ -40,8 +41,10 @@ def test_shipped_features_are_those_of_the_splits() -> None:
         records = emoji(split).records
         assert items.ids == [record.id for record in records]
         assert items.labels == [record.label for record in records]
-        assert items.features["image"].shape == (len(items), 1280)
-        assert torch.equal(items.features["text"], text[[row_of[name] for name in items.ids]])
+        rows = [row_of[name] for name in items.ids]
+        assert torch.equal(items.features["text"], text[rows])
+        shares = image[rows] / image[rows].sum(1, keepdim=True)  # squares of unit rows of roots
+        assert_close(items.features["image"].square(), shares)
 
 
 def test_shipped_images_that_are_equal_are_one_thing() -> None:
