@@ -45,6 +45,11 @@ __device__ __forceinline__ float shown(const Row& row, float x) {
   return row.present ? x : 0.f;
 }
 
+// Scores of experts alone, and weights relative to those of the chosen, need no sum over all.
+__device__ __forceinline__ bool needs_distribution(const GatingForward& given) {
+  return given.score == kSoftmax || given.probs_sum != nullptr || given.entropy != nullptr;
+}
+
 // How the weights follow from the scores: exp(raw - base) * factor.
 struct Weighing {
   bool by_score;  // raw is the log-score itself, not relative to others
@@ -147,7 +152,8 @@ class ThreadRows {
   __device__ void operator()(int64_t s, int64_t first) {
     Row row(given, memory.tile);
     row.read(s, first + threadIdx.x);
-    row.find_distribution(given.probs_sum != nullptr, given.entropy != nullptr, nullptr);
+    if (needs_distribution(given))
+      row.find_distribution(given.probs_sum != nullptr, given.entropy != nullptr, nullptr);
     if (given.probs_sum != nullptr) add_distribution(row);
     uint32_t key[kN];
     find_keys(given, row, memory.tile, key);
@@ -243,7 +249,8 @@ class WarpRows {
     Row row(given, memory.tile);
     row.read(s, first + int(threadIdx.x) / kLanes);
     if (row.t >= given.T) return;  // whole warps
-    row.find_distribution(given.probs_sum != nullptr, given.entropy != nullptr, nullptr);
+    if (needs_distribution(given))
+      row.find_distribution(given.probs_sum != nullptr, given.entropy != nullptr, nullptr);
     if (given.probs_sum != nullptr) add_distribution(row);
     uint32_t key[kN];
     find_keys(given, row, memory.tile, key);

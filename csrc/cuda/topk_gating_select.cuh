@@ -108,31 +108,39 @@ __device__ __forceinline__ float* tile_at(float* tile, int lane, int e) {
   return kWarp ? tile + e % kN * kLanes + e / kN : tile + e * kLanes + lane;
 }
 
-// The sum of the best of group g, in descending order. Experts of -inf and NaN add nothing, but to
-// a group that has no other.
+// The key of the sum of the best of group g, in descending order. Experts of -inf and NaN add
+// nothing, but to a group that has no other.
 template <bool kWarp, int kN>
 __device__ uint32_t group_key(const GatingForward& given, float* tile, int lane, int g) {
   const int size = given.E / given.n_group;
-  float sum = 0;
-  uint32_t last = 0xffffffffu;  // the expert that was added last
+  const auto key = [&](int i) { return key_of(*tile_at<kWarp, kN>(tile, lane, g * size + i)); };
+  uint32_t best = 0, second = 0;
+#pragma unroll 4
+  for (int i = 0; i < size; ++i) {
+    const uint32_t x = key(i);
+    second = larger(second, smaller(best, x));
+    best = larger(best, x);
+  }
+  float sum = number_of(best);
+  if (!(sum > -infinity())) return best;
+  if (given.group_best > 1 && number_of(second) > -infinity()) sum += number_of(second);
+  // Of more than two, each is the best of those that come after the one before it.
+  if (given.group_best <= 2) return key_of(sum);
+  uint32_t last = 0xffffffffu;
   int last_id = -1;
 #pragma unroll 1
   for (int j = 0; j < given.group_best; ++j) {
-    uint32_t best = 0;
+    uint32_t next = 0;
     int id = 0;
 #pragma unroll 1
     for (int i = 0; i < size; ++i) {
-      const uint32_t x = key_of(*tile_at<kWarp, kN>(tile, lane, g * size + i));
-      const bool is_left = x < last || (x == last && i > last_id);
-      if (is_left && x > best) {
-        best = x;
-        id = i;
-      }
+      const uint32_t x = key(i);
+      if (x <= next || !(x < last || (x == last && i > last_id))) continue;
+      next = x;
+      id = i;
     }
-    const float score = number_of(best);
-    if (j == 0 && !(score > -infinity())) return best;
-    if (score > -infinity()) sum += score;
-    last = best;
+    if (j >= 2 && number_of(next) > -infinity()) sum += number_of(next);
+    last = next;
     last_id = id;
   }
   return key_of(sum);
