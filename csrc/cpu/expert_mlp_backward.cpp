@@ -53,12 +53,11 @@ class Backward {
     std::stable_sort(order.begin(), order.end(), [&](int64_t one, int64_t other) {
       return rows_of(one) > rows_of(other);
     });
-    int64_t channels = 0;  // of the widest task
     for (int64_t q = 0; q < splits_; ++q)
-      channels = std::max(channels, first_of(q + 1) - first_of(q));
+      most_channels_ = std::max(most_channels_, first_of(q + 1) - first_of(q));
     share_out(
         int64_t(order.size()),
-        [&] { return BackwardScratch(mlp_, needs_, blocks_.recomputes(), channels, block_); },
+        [&] { return BackwardScratch(mlp_, blocks_.recomputes()); },
         [&](BackwardScratch& scratch, int64_t i) {
           task(scratch, order[i] / splits_, order[i] % splits_);
         },
@@ -138,68 +137,83 @@ class Backward {
     return std::min(mlp_.H, panels * q / splits_ * kPanel);
   }
 
+  int64_t halves() const { return mlp_.gated ? 2 : 1; }
+  int64_t bytes() const { return bytes_of(mlp_.element); }
+
   // Where a task's sums go: into the gradients, or a worker's own memory until they are rounded.
-  WeightSums sums_of(BackwardScratch& scratch, const HiddenRange& range) {
+  WeightSums sums_of(BackwardScratch& scratch, const HiddenRange& range, bool is_one_block) {
     const int64_t D = mlp_.D, Do = mlp_.Do, H = mlp_.H, wide = mlp_.wide(), e = range.e;
-    float* const to_b1 = needs_.b1 ? of_b1_.data() + e * wide : nullptr;
-    float* const to_b2 = needs_.b2 ? of_b2_.data() + e * Do : nullptr;
-    if (mlp_.element != Element::kFloat32) {
-      const int64_t channels = range.last - range.first;
-      return {scratch.w1.data(), scratch.w2.data(), channels * D, channels, to_b1, to_b2};
+    const int64_t channels = range.last - range.first;
+    WeightSums sums{};
+    if (needs_.b1) sums.b1 = of_b1_.data() + e * wide;
+    if (needs_.b2) sums.b2 = of_b2_.data() + e * Do;
+    char* const to_w1 = needs_.w1 ? data_of(w1) + e * wide * D * bytes() : nullptr;
+    char* const to_w2 = needs_.w2 ? data_of(w2) + e * Do * H * bytes() : nullptr;
+    sums.up_w1 = (mlp_.element == Element::kFloat32 ? H : channels) * D;
+    if (mlp_.element == Element::kFloat32) {
+      if (needs_.w1) sums.w1 = reinterpret_cast<float*>(to_w1) + range.first * D;
+      if (needs_.w2) sums.w2 = reinterpret_cast<float*>(to_w2) + range.first;
+      sums.ld_w2 = H;
+      return sums;
     }
-    float* const to_w1 =
-        needs_.w1 ? w1.mutable_data_ptr<float>() + (e * wide + range.first) * D : nullptr;
-    float* const to_w2 =
-        needs_.w2 ? w2.mutable_data_ptr<float>() + e * Do * H + range.first : nullptr;
-    return {to_w1, to_w2, H * D, H, to_b1, to_b2};
+    sums.to_w1 = to_w1;
+    sums.to_w2 = to_w2;
+    sums.is_tile = is_one_block;
+    if (is_one_block) {
+      sums.w1 = scratch.tile_w1.data();
+      sums.w2 = scratch.tile_w2.data();
+      sums.ld_w2 = kPanel;
+      return sums;
+    }
+    if (needs_.w1 && scratch.w1.size() == 0)
+      scratch.w1 = Buffer<float>(halves() * most_channels_ * D);
+    if (needs_.w2 && scratch.w2.size() == 0) scratch.w2 = Buffer<float>(Do * most_channels_);
+    sums.w1 = scratch.w1.data();
+    sums.w2 = scratch.w2.data();
+    sums.ld_w2 = channels;
+    return sums;
   }
+
+  static char* data_of(Tensor& tensor) { return static_cast<char*>(tensor.mutable_data_ptr()); }
 
   void task(BackwardScratch& scratch, int64_t e, int64_t q) {
     const HiddenRange range{e, q, first_of(q), first_of(q + 1)};
-    const WeightSums sums = sums_of(scratch, range);
-    const int64_t D = mlp_.D, channels = range.last - range.first;
+    const int64_t D = mlp_.D, H = mlp_.H, channels = range.last - range.first;
     const int64_t begin = segments_.begin[e], end = segments_.begin[e + 1];
+    if (begin == end) zero(range);
+    const WeightSums sums = sums_of(scratch, range, end - begin <= block_);
     for (int64_t half = 0; needs_.b1 && half < halves(); ++half)
-      std::fill_n(sums.b1 + half * mlp_.H + range.first, channels, 0.0f);
+      std::fill_n(sums.b1 + half * H + range.first, channels, 0.0f);
     if (needs_.b2 && q == 0) std::fill_n(sums.b2, mlp_.Do, 0.0f);
-    if (begin == end) {
-      for (int64_t half = 0; needs_.w1 && half < halves(); ++half)
-        std::fill_n(sums.w1 + half * sums.up_w1, channels * D, 0.0f);
-      for (int64_t o = 0; needs_.w2 && o < mlp_.Do; ++o)
-        std::fill_n(sums.w2 + o * sums.ld_w2, channels, 0.0f);
-    }
     for (int64_t i = begin; i < end; i += block_) {
       const int32_t* const rows = segments_.rows.data() + i;
       const int64_t m = std::min(block_, end - i);
-      blocks_.run(scratch, range, rows, m, i == begin, sums);
+      blocks_.run(scratch, range, rows, m, i == begin, i + m == end, sums);
       for (int64_t j = 0; j < m; ++j) {
-        by_weight_[q * mlp_.N + rows[j]] = scratch.by_weight[j];
-        float* const to = by_rows_.data() + (q * mlp_.N + rows[j]) * D;
-        if (needs_.rows()) std::copy_n(scratch.by_u.data() + j * D, D, to);
+        const int64_t to = q * mlp_.N + rows[j];
+        by_weight_[to] = scratch.by_weight[j];
+        if (needs_.rows()) std::copy_n(scratch.by_u.data() + j * D, D, &by_rows_[to * D]);
       }
     }
-    store(range, sums);
+    for (int64_t half = 0; needs_.b1 && half < halves(); ++half) {
+      const int64_t from = half * H + range.first;
+      blocks_.round(sums.b1 + from, channels, data_of(b1), e * mlp_.wide() + from);
+    }
+    if (needs_.b2 && q == 0) blocks_.round(sums.b2, mlp_.Do, data_of(b2), e * mlp_.Do);
   }
 
-  int64_t halves() const { return mlp_.gated ? 2 : 1; }
-
-  // What a task summed, rounded to the gradients.
-  void store(const HiddenRange& range, const WeightSums& sums) {
+  // The gradients of weights that no row has met.
+  void zero(const HiddenRange& range) {
     const int64_t D = mlp_.D, Do = mlp_.Do, H = mlp_.H, e = range.e;
     const int64_t channels = range.last - range.first;
-    const auto round = [&](const float* from, int64_t n, Tensor& gradient, int64_t i) {
-      char* const to = static_cast<char*>(gradient.mutable_data_ptr());
-      kernels().cast[kFloat][int(mlp_.element)](from, to + i * bytes_of(mlp_.element), n);
-    };
-    const bool is_rounded = mlp_.element != Element::kFloat32;
-    for (int64_t half = 0; half < halves(); ++half) {
-      const int64_t from = e * mlp_.wide() + half * H + range.first;
-      if (needs_.w1 && is_rounded) round(sums.w1 + half * sums.up_w1, channels * D, w1, from * D);
-      if (needs_.b1) round(sums.b1 + half * H + range.first, channels, b1, from);
+    for (int64_t half = 0; needs_.w1 && half < halves(); ++half) {
+      const int64_t from = (e * mlp_.wide() + half * H + range.first) * D;
+      std::memset(data_of(w1) + from * bytes(), 0, channels * D * bytes());
     }
-    for (int64_t o = 0; needs_.w2 && is_rounded && o < Do; ++o)
-      round(sums.w2 + o * sums.ld_w2, channels, w2, (e * Do + o) * H + range.first);
-    if (needs_.b2 && range.q == 0) round(sums.b2, Do, b2, e * Do);
+    for (int64_t o = 0; needs_.w2 && o < Do; ++o) {
+      const int64_t from = (e * Do + o) * H + range.first;
+      std::memset(data_of(w2) + from * bytes(), 0, channels * bytes());
+    }
   }
 
   const ExpertMlp& mlp_;
@@ -207,6 +221,7 @@ class Backward {
   const BackwardBlocks blocks_;
   const ExpertMlp::Segments segments_;  // one group: all rows of each expert
   const int64_t block_, splits_;
+  int64_t most_channels_ = 0;    // of a task
   Buffer<float> of_b1_, of_b2_;  // [E, H or 2 H], [E, Do]
   Buffer<float> by_rows_;        // [splits, N, D]
   Buffer<float> by_weight_;      // [splits, N]

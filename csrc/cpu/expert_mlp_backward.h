@@ -34,24 +34,23 @@ struct BackwardScratch {
   Buffer<float> factors;                         // [kPanel]
   Buffer<float> by_b1, by_b2;                    // over a block, so that no sum has more terms
   Buffer<float> weights, row, z;                 // a panel of weights, rows of any width
-  Buffer<float> w1, w2;                          // a task's sums, unless they lie elsewhere
+  Buffer<float> w1, w2;                          // a task's sums, taken when one needs them
+  Buffer<float> tile_w1, tile_w2;                // or those of a panel
   float by_weight[kMaxBlock], weight[kMaxBlock];
 
-  // `range`: hidden channels of a task.
-  // `block`: its rows, no more than those of block_of().
-  BackwardScratch(
-      const ExpertMlp& mlp,
-      const BackwardNeeds& needs,
-      bool recomputes,
-      int64_t range,
-      int64_t block);
+  BackwardScratch(const ExpertMlp& mlp, bool recomputes);
+
+ private:
+  BackwardScratch(const ExpertMlp& mlp, bool recomputes, int64_t block);
 };
 
-// Where the gradients of a task's weights are summed, from its first hidden channel on.
+// Where the gradients of a task's weights are summed, and rounded to if that is somewhere else.
 struct WeightSums {
-  float *w1, *w2;        // [channels, D], [Do, channels of ld_w2]
+  float *w1, *w2;        // [channels, D], [Do, channels of ld_w2], from the first of the task on
   int64_t up_w1, ld_w2;  // elements from a gate's row of w1 to that of its up channel
+  bool is_tile;          // of one panel at a time, for a task of one block
   float *b1, *b2;        // [H or 2 H], [Do], of the expert
+  char *to_w1, *to_w2;   // [H or 2 H, D], [Do, H] of the expert, written by the last block
 };
 
 // The hidden channels [first, last) of expert e, and which one of the splits that is.
@@ -70,15 +69,17 @@ class BackwardBlocks {
       : mlp_(mlp), needs_(needs), grad_(grad), h_(h), y_(y) {}
 
   bool recomputes() const { return !h_; }
+  void round(const float* from, int64_t n, char* to, int64_t i) const;
   // Takes m sorted rows through a range. Adds to the sums, or sets those of w1 and w2 if it is the
-  // first of a task; leaves the gradient by u in scratch.by_u [m, D], that by the router weights in
-  // scratch.by_weight.
+  // first of a task, and rounds them if it is the last; leaves the gradient by u in scratch.by_u
+  // [m, D], that by the router weights in scratch.by_weight.
   void run(
       BackwardScratch& scratch,
       const HiddenRange& range,
       const int32_t* rows,
       int64_t m,
       bool is_first,
+      bool is_last,
       const WeightSums& sums) const;
 
  private:
@@ -86,7 +87,7 @@ class BackwardBlocks {
     const HiddenRange& range;
     const int32_t* rows;
     int64_t m, n, h0, width, ld;  // n, ld: m, width in lanes
-    bool adds_rows, adds_weights;
+    bool adds_rows, adds_weights, is_last;
     const WeightSums& sums;
   };
 

@@ -14,8 +14,15 @@ constexpr int kFloat = int(Element::kFloat32);
 
 }  // namespace
 
-BackwardScratch::BackwardScratch(
-    const ExpertMlp& mlp, const BackwardNeeds& needs, bool recomputes, int64_t range, int64_t block)
+// To elements i on of a gradient.
+void BackwardBlocks::round(const float* from, int64_t n, char* to, int64_t i) const {
+  kernels().cast[kFloat][int(mlp_.element)](from, to + i * bytes_of(mlp_.element), n);
+}
+
+BackwardScratch::BackwardScratch(const ExpertMlp& mlp, bool recomputes)
+    : BackwardScratch(mlp, recomputes, block_of(mlp)) {}
+
+BackwardScratch::BackwardScratch(const ExpertMlp& mlp, bool recomputes, int64_t block)
     : u(block * in_pairs(mlp.D)),
       left_u(mlp.packed(u.size())),
       right_u(mlp.packed(u.size())),
@@ -40,8 +47,8 @@ BackwardScratch::BackwardScratch(
       weights(mlp.packed_weights(kPanel * std::max(mlp.D, mlp.Do))),
       row(std::max({mlp.D, mlp.Do, kPanel})),
       z(mlp.Do),
-      w1(needs.w1 ? mlp.packed_weights((mlp.gated ? 2 : 1) * range * mlp.D) : 0),
-      w2(needs.w2 ? mlp.packed_weights(mlp.Do * range) : 0) {
+      tile_w1(mlp.packed_weights(kPanel * mlp.D)),
+      tile_w2(mlp.packed_weights(kPanel * mlp.Do)) {
   std::fill_n(factors.data(), kPanel, 1.0f);
 }
 
@@ -51,6 +58,7 @@ void BackwardBlocks::run(
     const int32_t* rows,
     int64_t m,
     bool is_first,
+    bool is_last,
     const WeightSums& sums) const {
   const int64_t D = mlp_.D, Do = mlp_.Do, n = in_lanes(m);
   const int64_t ld_u = in_pairs(D), ld_g = in_pairs(Do);
@@ -70,8 +78,9 @@ void BackwardBlocks::run(
   if (needs_.w2) mlp_.turn_left(left_g, n, ld_g, scratch.turned_g.data());
   for (int64_t h0 = range.first; h0 < range.last; h0 += kPanel) {
     const int64_t width = std::min(kPanel, range.last - h0);
-    const bool adds_rows = h0 > range.first;
-    panel(scratch, {range, rows, m, n, h0, width, in_lanes(width), adds_rows, !is_first, sums});
+    const bool adds_rows = h0 > range.first, adds_weights = !is_first;
+    const int64_t ld = in_lanes(width);
+    panel(scratch, {range, rows, m, n, h0, width, ld, adds_rows, adds_weights, is_last, sums});
   }
   for (int64_t i = 0; at_input && i < m; ++i) {
     float *const by_u = scratch.by_u.data() + i * D, *const u = scratch.row.data();
@@ -127,7 +136,7 @@ void BackwardBlocks::panel(BackwardScratch& scratch, const Panel& p) const {
   if (needs_.w2) {
     const auto of_a = mlp_.right(a, n, ld, ld, scratch.right_a.data());
     const float* const turned = scratch.turned_g.data();
-    float* const sum = p.sums.w2 + h0 - p.range.first;
+    float* const sum = p.sums.w2 + (p.sums.is_tile ? 0 : h0 - p.range.first);
     gemm(
         mlp_.operand,
         Do,
@@ -140,6 +149,8 @@ void BackwardBlocks::panel(BackwardScratch& scratch, const Panel& p) const {
         p.adds_weights,
         sum,
         p.sums.ld_w2);
+    for (int64_t o = 0; p.is_last && p.sums.to_w2 != nullptr && o < Do; ++o)
+      round(sum + o * p.sums.ld_w2, width, p.sums.to_w2, o * H + h0);
   }
   first_layer(scratch, p, 0, scratch.by_h.data(), p.adds_rows);
   if (mlp_.gated) first_layer(scratch, p, 1, scratch.by_up.data(), true);
@@ -211,9 +222,12 @@ void BackwardBlocks::first_layer(
   const bool is_float = mlp_.operand == Operand::kFloat32;
   const float* const u = is_float ? scratch.u.data() : scratch.right_u.data();
   float* const turned = scratch.turned.data();
-  float* const sum = p.sums.w1 + half * p.sums.up_w1 + (p.h0 - p.range.first) * D;
+  const int64_t from = half * p.sums.up_w1 + (p.h0 - p.range.first) * D;
+  float* const sum = p.sums.w1 + (p.sums.is_tile ? 0 : from);
   mlp_.turn_left(left, n, ld, turned);
   gemm(mlp_.operand, width, D, n, turned, n, u, ld_u, p.adds_weights, sum, D);
+  if (p.is_last && p.sums.to_w1 != nullptr)
+    round(sum, width * D, p.sums.to_w1, (half * mlp_.H + p.h0) * D);
 }
 
 }  // namespace m2ae::cpu
