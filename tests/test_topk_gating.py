@@ -13,6 +13,7 @@ The cases a gate gets wrong, and the tests that hold them, in the files of these
     entropy, z and balance loss     test_entropy_at_its_ends, test_switch_balance_loss,
                                     test_masked_tokens, test_gradients (each output alone)
     groups                          test_topk_gating_groups.py
+    rows and logits beyond limits   test_topk_gating_large.py; of a GPU, test_topk_gating_gpu.py
     strides, axes, dtypes, modes    test_strides_and_modes, test_leading_axes_are_tokens
 """
 

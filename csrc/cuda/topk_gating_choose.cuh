@@ -76,7 +76,7 @@ __device__ void write_statistics(const GatingForward& given, const Row& row) {
   if (given.entropy != nullptr) given.entropy[r] = shown(row, log_total - row.weighed / row.total);
 }
 
-// The keys of a row, and the row's distribution in its column if probs_sum is asked for.
+// The keys of a row, of its best groups alone if there are groups. The tile is lost.
 template <bool kWarp, int kN>
 __device__ __forceinline__ void find_keys(
     const GatingForward& given, GatingRow<kWarp, kN>& row, float* tile, uint32_t (&key)[kN]) {
