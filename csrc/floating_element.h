@@ -1,4 +1,4 @@
-// The dtypes that most ops compute in, as the elements that kernels are told.
+// The dtypes that ops compute in, as the elements that kernels are told.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -9,20 +9,31 @@
 
 namespace m2ae {
 
+// float32, float64, bfloat16 or float16.
 inline Element floating_element(
+    const char* op, const char* name, torch::headeronly::ScalarType type) {
+  using torch::headeronly::ScalarType;
+  if (type == ScalarType::Float) return Element::kFloat32;
+  if (type == ScalarType::Double) return Element::kFloat64;
+  if (type == ScalarType::BFloat16) return Element::kBFloat16;
+  STD_TORCH_CHECK(
+      type == ScalarType::Half, op, ": expected ", name, " floating, got ", toString(type));
+  return Element::kFloat16;
+}
+
+// What float32 holds: float32, bfloat16 or float16.
+inline Element float32_element(
     const char* op, const char* name, const torch::stable::Tensor& tensor) {
   using torch::headeronly::ScalarType;
   const ScalarType type = tensor.scalar_type();
-  if (type == ScalarType::Float) return Element::kFloat32;
-  if (type == ScalarType::BFloat16) return Element::kBFloat16;
   STD_TORCH_CHECK(
-      type == ScalarType::Half,
+      type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
       op,
       ": expected ",
       name,
       " in float32, bfloat16 or float16, got ",
       toString(type));
-  return Element::kFloat16;
+  return floating_element(op, name, type);
 }
 
 }  // namespace m2ae

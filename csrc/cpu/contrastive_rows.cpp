@@ -13,7 +13,7 @@ namespace m2ae::cpu {
 Element contrastive_element(const char* op, const char* name, const Tensor& features) {
   STD_TORCH_CHECK(
       features.is_cpu() && features.dim() == 2, op, ": expected ", name, " [rows, D] on the CPU");
-  return floating_element(op, name, features);
+  return float32_element(op, name, features);
 }
 
 Operand contrastive_operand(Element element) {

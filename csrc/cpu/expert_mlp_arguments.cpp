@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../floating_element.h"
 #include "expert_mlp.h"
 
 namespace m2ae::cpu {
@@ -58,25 +59,7 @@ Dropout dropout_of(const std::optional<Tensor>& seed, double p, uint32_t which) 
 
 Floats::Floats(const char* name, const Tensor& given, std::vector<int64_t> sizes) {
   check(name, given, sizes);
-  switch (given.scalar_type()) {
-    case ScalarType::Float:
-      element = Element::kFloat32;
-      break;
-    case ScalarType::BFloat16:
-      element = Element::kBFloat16;
-      break;
-    case ScalarType::Half:
-      element = Element::kFloat16;
-      break;
-    default:
-      STD_TORCH_CHECK(
-          false,
-          kOp,
-          ": expected ",
-          name,
-          " in float32, bfloat16 or float16, got ",
-          toString(given.scalar_type()));
-  }
+  element = float32_element(kOp, name, given);
   tensor = torch::stable::contiguous(given);
   data = static_cast<const char*>(tensor.const_data_ptr());
 }

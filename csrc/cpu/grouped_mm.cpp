@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor> grouped_mm_cpu(
                     : torch::stable::new_empty(mat_a, of, out_dtype);
   };
   Tensor out = fresh(sizes), h = fresh(h_sizes);
-  const Epilogue epilogue{activation, grouped_mm_element(out_dtype)};
+  const Epilogue epilogue{activation, floating_element("grouped_mm", "out_dtype", out_dtype)};
   const int64_t bytes = bytes_of(epilogue.out);
   char* const out_data = static_cast<char*>(out.mutable_data_ptr());
   char* const h_data = saves ? static_cast<char*>(h.mutable_data_ptr()) : nullptr;

@@ -9,15 +9,13 @@
 #include <utility>
 #include <vector>
 
-#include "../element.h"
+#include "../floating_element.h"
 #include "expert_mlp_tile.h"
 
 namespace m2ae::cpu {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-Element grouped_mm_element(ScalarType dtype);
 
 // A matrix in memory, whatever its strides.
 struct Matrix {
@@ -28,7 +26,7 @@ struct Matrix {
   Matrix() = default;
   explicit Matrix(const Tensor& tensor)  // of the last two axes
       : data(static_cast<const char*>(tensor.const_data_ptr())),
-        element(grouped_mm_element(tensor.scalar_type())),
+        element(floating_element("grouped_mm", "operands", tensor.scalar_type())),
         row(tensor.stride(tensor.dim() - 2)),
         column(tensor.stride(tensor.dim() - 1)) {}
 

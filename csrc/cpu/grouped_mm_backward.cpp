@@ -74,7 +74,7 @@ Tensor scattered(const Tensor& rows, const int32_t* ids, const Tensor& mat_a) {
     if (ids[i] >= 0) kernels().add(to + ids[i] * K, from + i * K, K);
   if (mat_a.scalar_type() == ScalarType::Float) return sums;
   Tensor made = torch::stable::new_empty(mat_a, {n, K});
-  const Element element = grouped_mm_element(mat_a.scalar_type());
+  const Element element = floating_element("grouped_mm", "mat_a", mat_a.scalar_type());
   kernels().cast[int(Element::kFloat32)][int(element)](to, made.mutable_data_ptr(), n * K);
   return made;
 }
@@ -104,7 +104,7 @@ Gradients grouped_mm_backward_cpu(
     through = through_activation(grad, h, activation, offs ? ends.back() : M);
   const Tensor a_tensor = row_ids && output_mask[1] ? gathered(mat_a, row_ids, M) : mat_a;
   const ScalarType dtype = mat_a.scalar_type();
-  const Element element = grouped_mm_element(dtype);
+  const Element element = floating_element("grouped_mm", "grad", dtype);
   // A stack is written as a whole, empty groups included; of a 2-D gradient the tail is not.
   const bool has_tail = offs && ends.back() < grouped;
   const auto fresh = [&](bool is_needed, bool is_stack, std::vector<int64_t> sizes, ScalarType of) {

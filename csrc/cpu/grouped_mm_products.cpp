@@ -118,21 +118,6 @@ void finish(
 
 }  // namespace
 
-Element grouped_mm_element(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return Element::kFloat32;
-    case ScalarType::Double:
-      return Element::kFloat64;
-    case ScalarType::BFloat16:
-      return Element::kBFloat16;
-    case ScalarType::Half:
-      return Element::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, "grouped_mm: expected a floating dtype, got ", toString(dtype));
-  }
-}
-
 void Matrix::load_row(int64_t r, int64_t n, float* to) const {
   const auto cast = kernels().cast[int(element)][kFloat];
   const char* const begin = data + r * row * bytes_of(element);

@@ -35,7 +35,7 @@ void check_ids(const char* op, const char* name, const Tensor& ids, int64_t dim)
 
 Rows::Rows(const char* op, const char* name, const Tensor& tensor)
     : tensor_(with_runs(op, name, tensor)),
-      element_(floating_element(op, name, tensor)),
+      element_(float32_element(op, name, tensor)),
       data_(static_cast<const char*>(tensor_.const_data_ptr())),
       stride_bytes_(tensor_.stride(0) * bytes_of(element_)) {}
 

@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../floating_element.h"
 #include "isa.h"
 
 namespace m2ae::cpu {
@@ -21,22 +22,6 @@ using torch::stable::Tensor;
 
 constexpr int64_t kChunk = 1 << 15;  // elements: 128 KB, what pays for waking a thread
 
-Element element_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Element::kFloat32;
-    case ScalarType::Double:
-      return Element::kFloat64;
-    case ScalarType::BFloat16:
-      return Element::kBFloat16;
-    case ScalarType::Half:
-      return Element::kFloat16;
-    default:
-      STD_TORCH_CHECK(
-          false, "siglip_loss: expected floating inputs, got ", toString(tensor.scalar_type()));
-  }
-}
-
 Tensor scaled(const Tensor& stored, float factor, const Tensor& input, bool is_needed) {
   if (!is_needed) return torch::stable::new_empty(input, {0});
   STD_TORCH_CHECK(
@@ -46,7 +31,7 @@ Tensor scaled(const Tensor& stored, float factor, const Tensor& input, bool is_n
   Tensor to = torch::stable::new_empty(input, input.sizes());
   const float* const data = from.const_data_ptr<float>();
   char* const out = static_cast<char*>(to.mutable_data_ptr());
-  const Element element = element_of(input);
+  const Element element = floating_element("siglip_loss", "inputs", input.scalar_type());
   const auto scale = kernels().siglip_scale[int(element)];
   const int64_t n = from.numel();
   const auto run = [&](int64_t begin, int64_t end) {

@@ -1,28 +1,11 @@
 #include "topk_gating_tasks.h"
 
+#include "../floating_element.h"
+
 namespace m2ae::cpu {
 namespace {
 
 constexpr const char* kOp = "topk_gating";
-
-Element gating_element(const char* name, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Element::kFloat32;
-    case ScalarType::BFloat16:
-      return Element::kBFloat16;
-    case ScalarType::Half:
-      return Element::kFloat16;
-    default:
-      STD_TORCH_CHECK(
-          false,
-          kOp,
-          ": expected ",
-          name,
-          " in float32, bfloat16 or float16, got ",
-          toString(tensor.scalar_type()));
-  }
-}
 
 }  // namespace
 
@@ -44,7 +27,7 @@ GatingTensors::GatingTensors(
     const Tensor& given_logits,
     const std::optional<Tensor>& logit_shift,
     const std::optional<Tensor>& token_mask)
-    : logits(given_logits), element(gating_element("logits", given_logits)) {
+    : logits(given_logits), element(float32_element(kOp, "logits", given_logits)) {
   STD_TORCH_CHECK(logits.is_cpu() && logits.dim() == 2, kOp, ": expected logits [T, E] on the CPU");
   logits = torch::stable::contiguous(logits);
   input.logits = logits.const_data_ptr();
@@ -58,7 +41,7 @@ GatingTensors::GatingTensors(
         ": expected logit_shift [S, E = ",
         input.E,
         "] on the CPU");
-    shift_element = gating_element("logit_shift", *logit_shift);
+    shift_element = float32_element(kOp, "logit_shift", *logit_shift);
     const Tensor rows = torch::stable::contiguous(*logit_shift);
     input.S = rows.size(0);
     shift = torch::stable::new_empty(rows, rows.sizes(), ScalarType::Float);

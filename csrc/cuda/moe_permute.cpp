@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor> moe_permute_cuda(
   routing.k = inverse_ids.size(1);
   routing.N = sorted_ids.size(0);
   routing.D = x.size(1);
-  routing.element = floating_element(kOp, "x", x);
+  routing.element = float32_element(kOp, "x", x);
   const void* const from = inputs.matrix("x", x, routing.T, routing.D, x.scalar_type());
 
   [[maybe_unused]] const auto guard = device_guard(x);
@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor> moe_permute_backward_cuda(
   if (grad_rows && output_mask[0]) {
     const ScalarType type = grad_rows->scalar_type();
     routing.N = grad_rows->size(0);
-    routing.element = floating_element(kOp, "grad_rows", *grad_rows);
+    routing.element = float32_element(kOp, "grad_rows", *grad_rows);
     const void* const from = inputs.matrix("grad_rows", *grad_rows, routing.N, D, type);
     grad_x = torch::stable::new_empty(*grad_rows, {T, D});
     M2AE_CUDA_CHECK(moe_combine_launch(routing, from, nullptr, grad_x.mutable_data_ptr(), stream));

@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include "../floating_element.h"
 #include "host.h"
 #include "topk_gating.h"
 
@@ -18,18 +19,6 @@ using torch::stable::Tensor;
 class GatingTensors {
  public:
   explicit GatingTensors(const Tensor& logits) : device_(logits.device()) {}
-
-  static Element element(const char* name, ScalarType type) {
-    if (type == ScalarType::Float) return Element::kFloat32;
-    if (type == ScalarType::BFloat16) return Element::kBFloat16;
-    STD_TORCH_CHECK(
-        type == ScalarType::Half,
-        "topk_gating: expected ",
-        name,
-        " in float32, bfloat16 or float16, got ",
-        toString(type));
-    return Element::kFloat16;
-  }
 
   // Fills in what forward and backward are given alike.
   void read(
@@ -54,7 +43,7 @@ class GatingTensors {
     input.E = int(E);
     input.k = int(top_k);
     input.score = GatingScore(score_function);
-    input.element = element("logits", logits.scalar_type());
+    input.element = float32_element("topk_gating", "logits", logits);
     input.logits = hold("logits", logits, logits.scalar_type(), input.T * E);
     input.S = 1;
     if (logit_shift) {
@@ -65,7 +54,7 @@ class GatingTensors {
           "]");
       const ScalarType type = logit_shift->scalar_type();
       input.S = logit_shift->size(0);
-      input.shift_element = element("logit_shift", type);
+      input.shift_element = float32_element("topk_gating", "logit_shift", *logit_shift);
       input.shift = hold("logit_shift", *logit_shift, type, input.S * E);
     }
     if (token_mask)
