@@ -18,7 +18,7 @@ namespace m2ae::cpu {
 namespace {
 
 constexpr int64_t kBlock = 64;          // tokens that go through an expert together
-constexpr int64_t kPanel = 256;         // hidden channels of one step, a multiple of 4
+constexpr int64_t kPanel = 512;         // hidden channels of one step, a multiple of 4
 constexpr int64_t kRowsPerGroup = 128;  // of an expert, on average: less would leave blocks short
 constexpr int64_t kMaxGroups = 64;
 

@@ -34,7 +34,7 @@ class Backward {
         blocks_(mlp, needs, grad, h, y),
         segments_(mlp.segments(1)),
         block_(BackwardScratch::block_of(mlp)),
-        splits_(std::max<int64_t>(std::min((kTasks + mlp.E - 1) / mlp.E, mlp.H / (2 * kPanel)), 1)),
+        splits_(std::max<int64_t>(std::min((kTasks + mlp.E - 1) / mlp.E, mlp.H / kPanel), 1)),
         of_b1_(needs.b1 ? mlp.E * mlp.wide() : 0),
         of_b2_(needs.b2 ? mlp.E * mlp.Do : 0),
         by_rows_(needs.rows() ? splits_ * mlp.N * mlp.D : 0),

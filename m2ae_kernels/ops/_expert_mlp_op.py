@@ -28,8 +28,8 @@ _OPTIONS = (
 )
 _DIFFERENTIABLE = 7  # the first of the inputs
 
-# A larger h is computed again by the backward on the CPU: 5 to 10 percent of a forward and backward
-# for what is two thirds of its peak memory, 33 MB of 49 at T = 1,024, D = 512, H = 2,048, k = 4 in
+# A larger h is computed again by the backward on the CPU: 5 percent of a forward and backward for
+# what is two thirds of its peak memory, 33 MB of 49 at T = 1,024, D = 512, H = 2,048, k = 4 in
 # float32 (AMD EPYC, Zen 5, 1 thread, 2026-11).
 LARGEST_SAVED_H = 16 << 20  # bytes
 
