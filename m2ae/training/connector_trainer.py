@@ -69,7 +69,7 @@ class ConnectorTrainer:
             FloatingPointError: the loss is not finite; the step is named.
         """
         self.model.train()
-        shown = ("loss", "pred", "cl", "mi_bound")
+        shown = ("pred", "cl")
         items = len(self.items[1])
         return run_steps(self.config, items, self._step, self.evaluate, log, shown)
 

@@ -23,7 +23,8 @@ output activation: the backward computes it again. A mask is Philox4x32-10 with 
 (slot id, column / 4, 2 seed[1] + which of the two): ops/_philox.py.
 
 Kernels: csrc/cpu/expert_mlp.cpp and expert_mlp_backward.cpp on the CPU, an expert's rows in blocks
-that stay in its cache. Elsewhere the reference serves, sparsely: ops/_expert_mlp_reference.py.
+and their hidden channels in panels that stay in its cache. Elsewhere the reference serves,
+sparsely: ops/_expert_mlp_reference.py.
 Papers: Shazeer et al. 2017, "Outrageously large neural networks"; Guo et al. 2025, "SonicMoE", for
 dw without y, which b2 and both dropouts survive.
 """
