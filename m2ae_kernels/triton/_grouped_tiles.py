@@ -1,0 +1,132 @@
+"""Which rows and columns a program of a grouped product owns. Letters: ops/grouped_mm.py
+
+Groups of rows lie one after the other, and what is behind the last is a group, too: its rows have
+no matrix, and are written as zeros. The host knows no group's size, so programs are launched for
+the most tiles that there can be; each finds its own by a cumulative sum over the groups.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from m2ae_kernels.triton import _device
+from m2ae_kernels.triton._tiles import tile_at
+
+
+class Tile(NamedTuple):
+    """How a kernel cuts a product. To be tuned on the GPU; results differ by rounding alone."""
+
+    block_m: int  # rows
+    block_n: int  # columns
+    block_k: int  # depth per step
+    warps: int
+    stages: int  # of the pipeline that loads depth
+
+
+# By kind of product and major compute capability, 0 being the interpreter; the first tile that
+# holds the rows of an average group serves. None of them has been timed on a GPU: registers and
+# shared memory chose them (tests/test_triton.py shows both).
+Table = dict[tuple[str, int], tuple[Tile, ...]]
+STRIP = 8  # row tiles that walk along the columns together, so that both panels stay in L2
+
+
+def kind_of(x: Tensor) -> str:
+    """Products of float32 round to tf32 only if torch's may."""
+    if x.element_size() == 2:
+        return "16-bit"
+    # Unlike matmul.allow_tf32, this may be read whichever way the setting was made.
+    allowed = x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "float32"
+
+
+def choose_tile(table: Table, x: Tensor, rows: int, groups: int) -> tuple[Tile, dict[str, Any]]:
+    """The tile for this dtype, this device and this many rows, and the options of a launch."""
+    major, kind = _device.capability(x)[0], kind_of(x)
+    tiles = table[kind, next(m for m in (12, 10, 9, 8, 0) if m <= major and (kind, m) in table)]
+    tile = next((tile for tile in tiles if tile.block_m * groups >= rows), tiles[-1])
+    return tile, {
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "INTERPRETED": major == 0,
+        "PRECISION": "tf32" if kind == "tf32" else "ieee",
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def lanes_of(groups: int) -> int:
+    """What a vector of all groups needs, with the rows behind the last."""
+    return triton.next_power_of_2(groups + 1)
+
+
+def tiles_of_rows(rows: int, groups: int, block_m: int) -> int:
+    """At least as many as all groups have, with the rows behind the last: each may have a rest."""
+    return rows // block_m + groups + 1
+
+
+@triton.jit
+def groups_of(
+    ends_ptr,  # int32 [E], where each group of rows ends
+    N,
+    E,
+    BLOCK_M: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """First row, end and number of tiles of each group, [GROUPS]; E is behind the last."""
+    group = tl.arange(0, GROUPS)
+    first = tl.load(ends_ptr + group - 1, mask=(group > 0) & (group <= E), other=0)
+    end = tl.load(ends_ptr + group, mask=group < E, other=N)
+    # Ends that no sort returned must not lead out of the rows.
+    first = tl.where(group > E, N, tl.minimum(tl.maximum(first, 0), N))
+    end = tl.minimum(tl.maximum(end, first), N)
+    return first, end, tl.cdiv(end - first, BLOCK_M)
+
+
+@triton.jit
+def group_of_tile(index, ends_ptr, N, E, BLOCK_M: tl.constexpr, GROUPS: tl.constexpr):
+    """Group, first row of the tile, end of the group's rows; no rows beyond the last tile."""
+    first, end, tiles = groups_of(ends_ptr, N, E, BLOCK_M, GROUPS)
+    behind = tl.cumsum(tiles, 0)
+    before = behind - tiles
+    it = (before <= index) & (index < behind)
+    group = tl.sum(tl.where(it, tl.arange(0, GROUPS), 0), 0)
+    row = tl.sum(tl.where(it, first + (index - before) * BLOCK_M, 0), 0)
+    return group, row, tl.sum(tl.where(it, end, 0), 0)
+
+
+@triton.jit
+def rows_of_group(group, ends_ptr, N):
+    """First row and end of a group that is not behind the last."""
+    first = 0
+    if group > 0:
+        first = tl.load(ends_ptr + group - 1)
+    first = tl.minimum(tl.maximum(first, 0), N)
+    return first, tl.minimum(tl.load(ends_ptr + group), N)
+
+
+@triton.jit
+def tile_of_program(
+    ends_ptr,  # int32 [E], or None: E groups of N rows each
+    N,
+    E,
+    columns,
+    BLOCK_M: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
+    STRIP: tl.constexpr,
+):
+    """Group, first row, end of the rows, first column, and place in the list of row tiles."""
+    per_group = tl.cdiv(N, BLOCK_M)
+    row_tiles = E * per_group
+    if ends_ptr is not None:
+        row_tiles = N // BLOCK_M + E + 1
+    tile, column_tile = tile_at(tl.program_id(0), row_tiles, tl.cdiv(columns, WIDTH), STRIP)
+    if ends_ptr is not None:
+        group, row, end = group_of_tile(tile, ends_ptr, N, E, BLOCK_M, GROUPS)
+    else:
+        group, row, end = tile // per_group, tile % per_group * BLOCK_M, N
+    return group, row, end, column_tile * WIDTH, tile
