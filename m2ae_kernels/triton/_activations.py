@@ -42,7 +42,7 @@ def activated(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == GELU:
         x = 0.5 * x * (1.0 + tl.erf(x * SQRT_HALF))
     elif ACTIVATION == GELU_TANH:  # (1 + tanh(u)) / 2 is the sigmoid of 2 u
-        x = x * _sigmoid(TWO_SQRT_2_BY_PI * (x + 0.044715 * x * x * x))
+        x = x * _sigmoid((x + 0.044715 * x * x * x) * TWO_SQRT_2_BY_PI)
     elif ACTIVATION == RELU:
         x = tl.where(x <= 0, 0.0, x)
     elif ACTIVATION == RELU2:
@@ -58,7 +58,7 @@ def slope(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == GELU:
         by_x = 0.5 * (1.0 + tl.erf(x * SQRT_HALF)) + x * DENSITY_AT_0 * tl.exp(-0.5 * x * x)
     elif ACTIVATION == GELU_TANH:
-        s = _sigmoid(TWO_SQRT_2_BY_PI * (x + 0.044715 * x * x * x))
+        s = _sigmoid((x + 0.044715 * x * x * x) * TWO_SQRT_2_BY_PI)
         by_x = s + x * s * (1.0 - s) * TWO_SQRT_2_BY_PI * (1.0 + 0.134145 * x * x)
     elif ACTIVATION == RELU:
         by_x = tl.where(x > 0, 1.0, 0.0)

@@ -14,7 +14,7 @@ from m2ae_kernels.triton._grouped_rows import product_of_rows
 from m2ae_kernels.triton._grouped_tiles import tile_of_program
 from m2ae_kernels.triton._numbers import float32_of, rounded_to
 from m2ae_kernels.triton._philox import dropped
-from m2ae_kernels.triton._tiles import sum_over_tiles
+from m2ae_kernels.triton._tiles import halves_of, sum_over_tiles
 
 
 @triton.jit(do_not_specialize=["N", "threshold"])
@@ -78,6 +78,66 @@ def expert_output_gradient_kernel(
         tl.store(by_weight_ptr + row, by_weight, mask=inside)
 
 
+@triton.jit
+def _by_half(
+    by_a,  # [BLOCK_M, WIDTH], half of a tile: w2^T g
+    row,
+    inside,
+    slot,
+    weight,
+    column,  # its first
+    tile,
+    h_ptr,
+    seed_ptr,
+    by_h_ptr,
+    a_ptr,
+    parts_ptr,
+    C,
+    threshold,
+    scale,
+    ACTIVATION: tl.constexpr,
+    GLU: tl.constexpr,
+    WHICH: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Stores gradients by h, and weighted activated rows; returns <da', a> of each row."""
+    WIDTH: tl.constexpr = by_a.shape[1]
+    HALVES: tl.constexpr = 2 if GLU else 1
+    dtype: tl.constexpr = by_h_ptr.dtype.element_ty
+    c = column + tl.arange(0, WIDTH)
+    in_columns = c < C
+    row_64 = row.to(tl.int64)
+    at = row_64[:, None] * (HALVES * C) + c[None, :]
+    at_parts = tile.to(tl.int64) * (HALVES * C) + c
+    stored = inside[:, None] & in_columns[None, :]
+    read = (slot >= 0)[:, None] & in_columns[None, :]
+    h = float32_of(tl.load(h_ptr + at, mask=read, other=0.0), INTERPRETED)
+    if seed_ptr is not None:
+        by_a = dropped(by_a, slot, column, seed_ptr, threshold, scale, WHICH)
+    a = activated(h, ACTIVATION)
+    by_h = slope(h, ACTIVATION) * by_a
+    if GLU:
+        up = float32_of(tl.load(h_ptr + at + C, mask=read, other=0.0), INTERPRETED)
+        by_up = by_a * a * weight[:, None]
+        tl.store(by_h_ptr + at + C, rounded_to(by_up, dtype, INTERPRETED), mask=stored)
+        if parts_ptr is not None:
+            tl.store(parts_ptr + at_parts + C, tl.sum(by_up, axis=0), mask=in_columns)
+        by_h *= up
+        a *= up
+    by_h *= weight[:, None]
+    tl.store(by_h_ptr + at, rounded_to(by_h, dtype, INTERPRETED), mask=stored)
+    if parts_ptr is not None:
+        tl.store(parts_ptr + at_parts, tl.sum(by_h, axis=0), mask=in_columns)
+    shares = tl.sum(by_a * a, axis=1)
+    if a_ptr is not None:
+        a *= weight[:, None]
+        if seed_ptr is not None:
+            a = dropped(a, slot, column, seed_ptr, threshold, scale, WHICH)
+        at_a = a_ptr + row_64[:, None] * C + c[None, :]
+        tl.store(at_a, rounded_to(a, dtype, INTERPRETED), mask=stored)
+    return shares
+
+
 @triton.jit(do_not_specialize=["N", "threshold"])
 def expert_hidden_gradient_kernel(
     g_ptr,  # contiguous, [N, Do]
@@ -89,7 +149,7 @@ def expert_hidden_gradient_kernel(
     seed_ptr,  # int64 [2], or None: no dropout
     by_h_ptr,  # out, [N, H or 2 H]
     a_ptr,  # out, [N, H], weight times the activated rows; or None
-    shares_ptr,  # out, float32 [column tiles, N]: <da', a>; or None
+    shares_ptr,  # out, float32 [column tiles, N]: <da', a>
     parts_ptr,  # out, float32 [row tiles, H or 2 H], sums of by_h; or None
     N,
     E,
@@ -111,58 +171,37 @@ def expert_hidden_gradient_kernel(
     INTERPRETED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # One program owns a tile of hidden channels.
-    HALVES: tl.constexpr = 2 if GLU else 1
+    # One program owns a tile of hidden channels, and works on it in two halves, left and right: the
+    # whole takes more registers than there are.
     group, first, end, column, tile = tile_of_program(
         ends_ptr, N, E, C, BLOCK_M, BLOCK_N, GROUPS, STRIP
     )
     if (first < end) & (group < E):
         row = first + tl.arange(0, BLOCK_M)
-        row_64 = row.to(tl.int64)
         inside = row < end
         c = column + tl.arange(0, BLOCK_N)
-        in_columns = c < C
         b = w2 + group.to(tl.int64) * b_group
         by_a = product_of_rows(
-            g_ptr + row_64 * K, inside, None, None, b + c.to(tl.int64) * b_column, in_columns,
+            g_ptr + row.to(tl.int64) * K, inside, None, None, b + c.to(tl.int64) * b_column, c < C,
             K, K, 1, b_depth, BLOCK_M, BLOCK_N, BLOCK_K, INTERPRETED, PRECISION,
         )  # fmt: skip
         slot = tl.load(ids_ptr + row, mask=inside, other=-1)
-        present = slot >= 0
-        at = row_64[:, None] * (HALVES * C) + c[None, :]
-        stored = inside[:, None] & in_columns[None, :]
-        mask = present[:, None] & in_columns[None, :]
-        h = float32_of(tl.load(h_ptr + at, mask=mask, other=0.0), INTERPRETED)
-        if seed_ptr is not None:
-            by_a = dropped(by_a, slot, column, seed_ptr, threshold, scale, WHICH)
-        dtype: tl.constexpr = by_h_ptr.dtype.element_ty
         weight = tl.full([BLOCK_M], 1.0, tl.float32)
         if weights_ptr is not None:
-            weight = tl.load(weights_ptr + slot, mask=present, other=0.0)
-        up = 1.0
-        a = activated(h, ACTIVATION)
-        if GLU:
-            up = float32_of(tl.load(h_ptr + at + C, mask=mask, other=0.0), INTERPRETED)
-            by_up = by_a * a * weight[:, None]
-            tl.store(by_h_ptr + at + C, rounded_to(by_up, dtype, INTERPRETED), mask=stored)
-            if parts_ptr is not None:
-                at_parts = parts_ptr + tile.to(tl.int64) * (HALVES * C) + c
-                tl.store(at_parts + C, tl.sum(by_up, axis=0), mask=in_columns)
-            a *= up
-        if shares_ptr is not None:
-            at_shares = shares_ptr + (column // BLOCK_N).to(tl.int64) * N + row
-            tl.store(at_shares, tl.sum(by_a * a, axis=1), mask=inside)
-        if a_ptr is not None:
-            a *= weight[:, None]
-            if seed_ptr is not None:
-                a = dropped(a, slot, column, seed_ptr, threshold, scale, WHICH)
-            at_a = a_ptr + row_64[:, None] * C + c[None, :]
-            tl.store(at_a, rounded_to(a, dtype, INTERPRETED), mask=stored)
-        by_h = by_a * slope(h, ACTIVATION) * up * weight[:, None]
-        tl.store(by_h_ptr + at, rounded_to(by_h, dtype, INTERPRETED), mask=stored)
-        if parts_ptr is not None:
-            at_parts = parts_ptr + tile.to(tl.int64) * (HALVES * C) + c
-            tl.store(at_parts, tl.sum(by_h, axis=0), mask=in_columns)
+            weight = tl.load(weights_ptr + slot, mask=slot >= 0, other=0.0)
+        left, right = halves_of(by_a)
+        shares = _by_half(
+            left, row, inside, slot, weight, column, tile,
+            h_ptr, seed_ptr, by_h_ptr, a_ptr, parts_ptr, C, threshold, scale,
+            ACTIVATION, GLU, WHICH, INTERPRETED,
+        )  # fmt: skip
+        shares += _by_half(
+            right, row, inside, slot, weight, column + BLOCK_N // 2, tile,
+            h_ptr, seed_ptr, by_h_ptr, a_ptr, parts_ptr, C, threshold, scale,
+            ACTIVATION, GLU, WHICH, INTERPRETED,
+        )  # fmt: skip
+        at_shares = shares_ptr + (column // BLOCK_N).to(tl.int64) * N + row
+        tl.store(at_shares, shares, mask=inside)
 
 
 @triton.jit(do_not_specialize=["N", "T"])

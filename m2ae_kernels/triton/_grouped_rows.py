@@ -42,6 +42,8 @@ TILES: Table = {
         Tile(64, 128, 64, 4, 2),
         Tile(128, 128, 64, 8, 2),
     ),
+    ("odd 16-bit", 0): (Tile(16, 32, 32, 4, 1), Tile(64, 64, 64, 4, 1)),
+    ("odd 16-bit", 8): (Tile(16, 64, 32, 4, 2), Tile(64, 64, 32, 8, 2)),
     ("tf32", 8): (Tile(16, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(128, 64, 32, 8, 3)),
     ("float32", 0): (Tile(16, 32, 32, 4, 1), Tile(64, 64, 64, 4, 1)),
     ("float32", 8): (Tile(16, 64, 16, 4, 2), Tile(64, 64, 16, 8, 2)),
@@ -230,7 +232,7 @@ def multiply_rows(
     (E, K, _), (N, C) = b.shape, out.shape[-2:]
     if out.numel() == 0:
         return
-    tile, options = choose_tile(table, a, N if ends is not None else N * E, E)
+    tile, options = choose_tile(table, (a, b), N if ends is not None else N * E, E)
     width = tile.block_n // 2 if is_glu(activation) else tile.block_n
     row_tiles = E * triton.cdiv(N, tile.block_m)
     if ends is not None:

@@ -7,7 +7,6 @@ the most tiles that there can be; each finds its own by a cumulative sum over th
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -33,18 +32,22 @@ Table = dict[tuple[str, int], tuple[Tile, ...]]
 STRIP = 8  # row tiles that walk along the columns together, so that both panels stay in L2
 
 
-def kind_of(x: Tensor) -> str:
-    """Products of float32 round to tf32 only if torch's may."""
+def kind_of(*operands: Tensor) -> str:
+    """Products of float32 round to tf32 only if torch's may; odd rows do not begin at 16 bytes."""
+    x = operands[0]
     if x.element_size() == 2:
-        return "16-bit"
-    # Unlike matmul.allow_tf32, this may be read whichever way the setting was made.
-    allowed = x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed else "float32"
+        steps = (step for t in operands for step in t.stride() if step != 1)
+        aligned = all(step % 8 == 0 for step in steps)
+        aligned &= all(t.data_ptr() % 16 == 0 for t in operands)
+        return "16-bit" if aligned else "odd 16-bit"
+    return "tf32" if _device.allows_tf32(x) else "float32"
 
 
-def choose_tile(table: Table, x: Tensor, rows: int, groups: int) -> tuple[Tile, dict[str, Any]]:
-    """The tile for this dtype, this device and this many rows, and the options of a launch."""
-    major, kind = _device.capability(x)[0], kind_of(x)
+def choose_tile(
+    table: Table, operands: tuple[Tensor, ...], rows: int, groups: int
+) -> tuple[Tile, dict[str, Any]]:
+    """The tile for these operands, this device and this many rows; the options of a launch."""
+    major, kind = _device.capability(operands[0])[0], kind_of(*operands)
     tiles = table[kind, next(m for m in (12, 10, 9, 8, 0) if m <= major and (kind, m) in table)]
     tile = next((tile for tile in tiles if tile.block_m * groups >= rows), tiles[-1])
     return tile, {

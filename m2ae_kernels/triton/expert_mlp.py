@@ -46,15 +46,17 @@ HIDDEN_GRADIENT: Table = {
     ("16-bit", 8): (
         Tile(16, 128, 64, 4, 4),
         Tile(32, 128, 64, 4, 4),
-        Tile(64, 128, 64, 8, 3),
+        Tile(64, 128, 64, 4, 3),
         Tile(128, 128, 64, 8, 3),
     ),
     ("16-bit", 12): (
         Tile(16, 128, 64, 4, 3),
         Tile(32, 128, 64, 4, 3),
-        Tile(64, 128, 64, 8, 2),
+        Tile(64, 128, 64, 4, 2),
         Tile(128, 128, 64, 8, 2),
     ),
+    ("odd 16-bit", 0): (Tile(16, 32, 32, 4, 1), Tile(64, 64, 64, 4, 1)),
+    ("odd 16-bit", 8): (Tile(16, 64, 32, 4, 2), Tile(64, 64, 32, 8, 2)),
     ("tf32", 8): (Tile(16, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(128, 64, 32, 8, 3)),
     ("float32", 0): (Tile(16, 32, 32, 4, 1), Tile(64, 64, 64, 4, 1)),
     ("float32", 8): (Tile(16, 64, 16, 4, 2), Tile(64, 64, 16, 8, 2)),
@@ -258,7 +260,7 @@ def _by_hidden(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """by_h as h; the weighted activated rows [N, H]; <da', a>, [tiles, N]. Writes by_b1."""
     (E, Do, H), N = given.w2.shape, len(h)
-    tile, options = choose_tile(HIDDEN_GRADIENT, g, N, E)
+    tile, options = choose_tile(HIDDEN_GRADIENT, (g, given.w2, h), N, E)
     row_tiles, column_tiles = tiles_of_rows(N, E, tile.block_m), triton.cdiv(H, tile.block_n)
     wide = 2 * H if is_glu(activation) else H
     by_h = torch.empty_like(h)
