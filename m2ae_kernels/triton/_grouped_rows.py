@@ -29,7 +29,7 @@ from m2ae_kernels.triton._philox import Dropout, dropout, dropped
 from m2ae_kernels.triton._tiles import halves_of
 
 TILES: Table = {
-    ("16-bit", 0): (Tile(16, 32, 32, 4, 1), Tile(64, 64, 64, 4, 1)),
+    ("16-bit", 0): (Tile(16, 64, 64, 4, 1), Tile(64, 64, 64, 4, 1)),
     ("16-bit", 8): (
         Tile(16, 128, 64, 4, 4),
         Tile(32, 128, 64, 4, 4),
@@ -42,10 +42,10 @@ TILES: Table = {
         Tile(64, 128, 64, 4, 2),
         Tile(128, 128, 64, 8, 2),
     ),
-    ("odd 16-bit", 0): (Tile(16, 32, 32, 4, 1), Tile(64, 64, 64, 4, 1)),
+    ("odd 16-bit", 0): (Tile(16, 64, 64, 4, 1), Tile(64, 64, 64, 4, 1)),
     ("odd 16-bit", 8): (Tile(16, 64, 32, 4, 2), Tile(64, 64, 32, 8, 2)),
     ("tf32", 8): (Tile(16, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(128, 64, 32, 8, 3)),
-    ("float32", 0): (Tile(16, 32, 32, 4, 1), Tile(64, 64, 64, 4, 1)),
+    ("float32", 0): (Tile(16, 64, 64, 4, 1), Tile(64, 64, 64, 4, 1)),
     ("float32", 8): (Tile(16, 64, 16, 4, 2), Tile(64, 64, 16, 8, 2)),
 }
 
@@ -106,12 +106,74 @@ def product_of_rows(
     return dots
 
 
+@triton.jit
+def _biased(dots, bias_ptr, c, columns, live, INTERPRETED: tl.constexpr):
+    """Sums with their bias, in rows that have one; others are zeros."""
+    if bias_ptr is not None:
+        bias = float32_of(tl.load(bias_ptr + c, mask=columns, other=0.0), INTERPRETED)
+        dots = tl.where(live[:, None], dots + bias[None, :], 0.0)
+    return dots
+
+
+@triton.jit
+def _rounded(dots, h_ptr, at, mask, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """What is stored before an activation, and what goes into it."""
+    h = rounded_to(dots, dtype, INTERPRETED)
+    if h_ptr is not None:
+        tl.store(h_ptr + at, h, mask=mask)
+    return float32_of(h, INTERPRETED)
+
+
+@triton.jit
+def _store_half(
+    dots,  # [BLOCK_M, WIDTH], half of a tile
+    up,  # the other, for a gated unit
+    out_rows,  # [BLOCK_M], pointers
+    h_rows,  # int64 [BLOCK_M], where rows of h begin
+    h_ptr,
+    bias_ptr,  # of this group
+    inside,
+    live,
+    slot,
+    column,  # the first
+    seed_ptr,
+    C,
+    out_column,
+    threshold,
+    scale,
+    ACTIVATION: tl.constexpr,
+    GLU: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    WHICH: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    WIDTH: tl.constexpr = dots.shape[1]
+    dtype: tl.constexpr = out_rows.dtype.element_ty
+    c = column + tl.arange(0, WIDTH)
+    mask = inside[:, None] & (c < C)[None, :]
+    dots = _biased(dots, bias_ptr, c, c < C, live, INTERPRETED)
+    if GLU:
+        up = _biased(up, bias_ptr, C + c, c < C, live, INTERPRETED)
+    if ROUNDED:
+        at = h_rows[:, None] + c[None, :]
+        dots = _rounded(dots, h_ptr, at, mask, dtype, INTERPRETED)
+        if GLU:
+            up = _rounded(up, h_ptr, at + C, mask, dtype, INTERPRETED)
+    values = activated(dots, ACTIVATION)
+    if GLU:
+        values *= up
+    if seed_ptr is not None:
+        values = dropped(values, slot, column, seed_ptr, threshold, scale, WHICH)
+    at_out = out_rows[:, None] + (c.to(tl.int64) * out_column)[None, :]
+    tl.store(at_out, rounded_to(values, dtype, INTERPRETED), mask=mask)
+
+
 @triton.jit(do_not_specialize=["N", "T", "threshold"])
 def grouped_rows_kernel(
     a,  # rows [N, K], or [T, K] of which `ids` tells; or [E, N, K]
     b,  # [E, K, C], or [E, K, 2 C] for a gated unit
     out,  # [N, C] or [E, N, C]
-    h_ptr,  # out, contiguous, the product before the activation, [N, C or 2 C]; or None
+    h_ptr,  # out, contiguous, what is activated, [N, C or 2 C], with ROUNDED; or None
     bias_ptr,  # contiguous, [E, C or 2 C]; or None
     ends_ptr,  # int32 [E], or None: E groups of N rows each
     ids_ptr,  # int32 [N], or None
@@ -149,8 +211,10 @@ def grouped_rows_kernel(
     INTERPRETED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # One program owns a tile of `out`.
-    WIDTH: tl.constexpr = BLOCK_N // 2 if GLU else BLOCK_N
+    # One program owns a tile of `out`, and ends it in two halves: the whole takes more registers
+    # than there are.
+    HALF: tl.constexpr = BLOCK_N // 2
+    WIDTH: tl.constexpr = HALF if GLU else BLOCK_N
     HALVES: tl.constexpr = 2 if GLU else 1
     group, first, end, column, _ = tile_of_program(
         ends_ptr, N, E, C, BLOCK_M, WIDTH, GROUPS, STRIP
@@ -158,60 +222,52 @@ def grouped_rows_kernel(
     if first < end:
         row = first + tl.arange(0, BLOCK_M)
         inside = row < end
-        has_matrix = inside & (group < E)
-        present = has_matrix
+        live = inside & (group < E)
+        present = live
+        slot = row
         source = row
         shift_rows = None
         factor = None
         if ids_ptr is not None:
-            slot = tl.load(ids_ptr + row, mask=has_matrix, other=-1)
+            slot = tl.load(ids_ptr + row, mask=live, other=-1)
             present = slot >= 0
+            if OF_SLOTS:
+                live = present
             if GATHERED:
                 source = slot // slots % T
             if shift_ptr is not None:
                 shift_rows = shift_ptr + (slot // slots // T).to(tl.int64) * K
             if weights_ptr is not None:
                 factor = tl.load(weights_ptr + slot, mask=present, other=0.0)
-        wide = tl.arange(0, BLOCK_N)
-        in_columns = column + wide % WIDTH < C
-        wide = column + wide % WIDTH + wide // WIDTH * C
+        lane = tl.arange(0, BLOCK_N)
+        wide = column + lane % WIDTH + lane // WIDTH * C
         group_64 = group.to(tl.int64)
         dots = product_of_rows(
             a + group_64 * a_group + source.to(tl.int64) * a_row, present, shift_rows, factor,
-            b + group_64 * b_group + wide.to(tl.int64) * b_column, in_columns,
+            b + group_64 * b_group + wide.to(tl.int64) * b_column, column + lane % WIDTH < C,
             tl.where(group < E, K, 0), K, a_depth, b_depth,
             BLOCK_M, BLOCK_N, BLOCK_K, INTERPRETED, PRECISION,
         )  # fmt: skip
-        live = has_matrix
-        if OF_SLOTS:
-            live = present
+        bias = bias_ptr
         if bias_ptr is not None:
-            at = bias_ptr + group_64 * (HALVES * C) + wide
-            bias = float32_of(tl.load(at, mask=in_columns & (group < E), other=0.0), INTERPRETED)
-            dots = tl.where(live[:, None], dots + bias[None, :], 0.0)
-        row_64 = row.to(tl.int64)
+            bias += tl.minimum(group_64, E - 1) * (HALVES * C)
+        h_rows = row.to(tl.int64)
         if ends_ptr is None:
-            row_64 += group_64 * N
-        dtype: tl.constexpr = out.dtype.element_ty
-        if ROUNDED or h_ptr is not None:
-            h = rounded_to(dots, dtype, INTERPRETED)
-            if h_ptr is not None:
-                at_h = h_ptr + row_64[:, None] * (HALVES * C) + wide[None, :]
-                tl.store(at_h, h, mask=inside[:, None] & in_columns[None, :])
-            if ROUNDED:
-                dots = float32_of(h, INTERPRETED)
-        if GLU:
-            gate, up = halves_of(dots)
-            values = activated(gate, ACTIVATION) * up
-        else:
-            values = activated(dots, ACTIVATION)
-        if seed_ptr is not None:
-            values = dropped(values, slot, column, seed_ptr, threshold, scale, WHICH)
-        c = column + tl.arange(0, WIDTH)
-        at_out = out + group_64 * out_group + row.to(tl.int64)[:, None] * out_row
-        at_out += c.to(tl.int64)[None, :] * out_column
-        values = rounded_to(values, dtype, INTERPRETED)
-        tl.store(at_out, values, mask=inside[:, None] & (c < C)[None, :])
+            h_rows += group_64 * N
+        h_rows *= HALVES * C
+        out_rows = out + group_64 * out_group + row.to(tl.int64) * out_row
+        left, right = halves_of(dots)
+        _store_half(
+            left, right, out_rows, h_rows, h_ptr, bias, inside, live, slot, column,
+            seed_ptr, C, out_column, threshold, scale,
+            ACTIVATION, GLU, ROUNDED, WHICH, INTERPRETED,
+        )  # fmt: skip
+        if not GLU:
+            _store_half(
+                right, right, out_rows, h_rows, h_ptr, bias, inside, live, slot, column + HALF,
+                seed_ptr, C, out_column, threshold, scale,
+                ACTIVATION, GLU, ROUNDED, WHICH, INTERPRETED,
+            )  # fmt: skip
 
 
 def multiply_rows(

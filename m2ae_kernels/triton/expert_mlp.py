@@ -42,12 +42,18 @@ from m2ae_kernels.triton._philox import Dropout, dropout
 
 # The product that makes gradients by h; more is held at its end than by others.
 HIDDEN_GRADIENT: Table = {
-    ("16-bit", 0): (Tile(16, 32, 32, 4, 1), Tile(64, 64, 64, 4, 1)),
+    ("16-bit", 0): (Tile(16, 64, 64, 4, 1), Tile(64, 64, 64, 4, 1)),
     ("16-bit", 8): (
         Tile(16, 128, 64, 4, 4),
         Tile(32, 128, 64, 4, 4),
         Tile(64, 128, 64, 4, 3),
         Tile(128, 128, 64, 8, 3),
+    ),
+    ("16-bit", 10): (
+        Tile(16, 128, 64, 4, 4),
+        Tile(32, 128, 64, 4, 4),
+        Tile(64, 64, 64, 4, 4),
+        Tile(128, 64, 64, 8, 4),
     ),
     ("16-bit", 12): (
         Tile(16, 128, 64, 4, 3),
@@ -55,13 +61,13 @@ HIDDEN_GRADIENT: Table = {
         Tile(64, 128, 64, 4, 2),
         Tile(128, 128, 64, 8, 2),
     ),
-    ("odd 16-bit", 0): (Tile(16, 32, 32, 4, 1), Tile(64, 64, 64, 4, 1)),
+    ("odd 16-bit", 0): (Tile(16, 64, 64, 4, 1), Tile(64, 64, 64, 4, 1)),
     ("odd 16-bit", 8): (Tile(16, 64, 32, 4, 2), Tile(64, 64, 32, 8, 2)),
     ("tf32", 8): (Tile(16, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(128, 64, 32, 8, 3)),
-    ("float32", 0): (Tile(16, 32, 32, 4, 1), Tile(64, 64, 64, 4, 1)),
+    ("float32", 0): (Tile(16, 64, 64, 4, 1), Tile(64, 64, 64, 4, 1)),
     ("float32", 8): (Tile(16, 64, 16, 4, 2), Tile(64, 64, 16, 8, 2)),
 }
-ROWS, COLUMNS = 32, 64  # of a step of a program that goes over rows without a product
+ROWS, COLUMNS = 32, 32  # of a step of a program that goes over rows without a product
 SLOTS, ADDED = 128, 16  # of a program that adds up tiles; tiles at once
 
 
