@@ -143,10 +143,30 @@ def expert_mlp(dtype, D, rows, activation, *, every_option=False, needs=(True,) 
     )
     output, weight_at = (SILU, AT_INPUT) if every_option else (IDENTITY, AT_OUTPUT)
     options = (activation, output, 0.1, 0.1 if every_option else 0.0, weight_at)
-    with mock.patch.object(_device, "allows_tf32", lambda _: tf32):
+    with mock.patch.object(_device, "allows_tf32", return_value=tf32):
         out, h, y = module.expert_mlp(*inputs, *options, True)
         given = (h, y, *options, list(needs))
         module.expert_mlp_backward(torch.zeros_like(out), *inputs, *given)
+
+
+def grouped_mm(dtype, form, D, activation=IDENTITY, *, gathered=False, tf32=False):
+    """Forward and backward of a form, with a bias where there may be one."""
+    module = importlib.import_module("m2ae_kernels.triton.grouped_mm")
+    E, M = 4, 800
+    shapes = {
+        "2x3": ((M, D), (E, D, 2 * D)),
+        "3x2": ((E, D, D), (D, M)),
+        "2x2": ((D, M), (M, D)),
+        "3x3": ((E, M, D), (E, D, 2 * D)),
+    }[form]
+    mat_a, mat_b = (torch.zeros(shape, dtype=dtype) for shape in shapes)
+    offs = None if form == "3x3" else torch.zeros(E, dtype=torch.int32)
+    bias = torch.zeros(E, 2 * D, dtype=dtype) if form[2] == "3" else None
+    a_ids = torch.zeros(M, dtype=torch.int32) if gathered else None
+    inputs = (mat_a, mat_b, offs, bias, a_ids)
+    with mock.patch.object(_device, "allows_tf32", return_value=tf32):
+        out, h = module.grouped_mm(*inputs, activation, dtype, activation != IDENTITY)
+        module.grouped_mm_backward(torch.zeros_like(out), *inputs, h, activation, [True] * 3)
 
 
 half, single = torch.bfloat16, torch.float32
@@ -183,12 +203,26 @@ CALLS += [
         (half, 64, 30, SWIGLU, {"needs": ROUTER_ALONE}),
         (half, 64, 10, SWIGLU, {"needs": ROUTER_ALONE}),
         (half, 36, 200, SWIGLU, {}),
-        (torch.float16, 64, 200, GELU, {}),
+        (torch.float16, 64, 200, GELU, {"needs": ROUTER_ALONE}),
         (single, 64, 200, SWIGLU, {"every_option": True}),
         (single, 1, 10, GELU, {}),
         (single, 64, 200, SWIGLU, {"every_option": True, "tf32": True}),
         (single, 64, 50, SWIGLU, {"needs": ROUTER_ALONE, "tf32": True}),
         (single, 64, 10, SWIGLU, {"needs": ROUTER_ALONE, "tf32": True}),
+    )
+]
+CALLS += [
+    functools.partial(grouped_mm, dtype, form, D, *given, **options)
+    for dtype, form, D, given, options in (
+        (half, "2x3", 64, [SWIGLU], {"gathered": True}),
+        (half, "2x3", 36, [GELU], {}),
+        (half, "3x2", 64, [], {}),
+        (half, "2x2", 64, [], {}),
+        (half, "3x3", 64, [GELU], {}),
+        (torch.float16, "2x3", 64, [], {}),
+        (single, "2x3", 64, [SWIGLU], {"gathered": True}),
+        (single, "3x2", 64, [], {"tf32": True}),
+        (single, "2x2", 64, [], {"tf32": True}),
     )
 ]
 

@@ -45,6 +45,7 @@ TILES: Table = {
     ("odd 16-bit", 0): (Tile(16, 64, 64, 4, 1), Tile(64, 64, 64, 4, 1)),
     ("odd 16-bit", 8): (Tile(16, 64, 32, 4, 2), Tile(64, 64, 32, 8, 2)),
     ("tf32", 8): (Tile(16, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(128, 64, 32, 8, 3)),
+    ("tf32", 12): (Tile(16, 64, 32, 4, 3), Tile(64, 64, 32, 8, 2)),
     ("float32", 0): (Tile(16, 64, 64, 4, 1), Tile(64, 64, 64, 4, 1)),
     ("float32", 8): (Tile(16, 64, 16, 4, 2), Tile(64, 64, 16, 8, 2)),
 }
@@ -216,9 +217,7 @@ def grouped_rows_kernel(
     HALF: tl.constexpr = BLOCK_N // 2
     WIDTH: tl.constexpr = HALF if GLU else BLOCK_N
     HALVES: tl.constexpr = 2 if GLU else 1
-    group, first, end, column, _ = tile_of_program(
-        ends_ptr, N, E, C, BLOCK_M, WIDTH, GROUPS, STRIP
-    )
+    group, first, end, column, _ = tile_of_program(ends_ptr, N, E, C, BLOCK_M, WIDTH, GROUPS, STRIP)
     if first < end:
         row = first + tl.arange(0, BLOCK_M)
         inside = row < end
@@ -303,5 +302,3 @@ def multiply_rows(
         GATHERED=reads, OF_SLOTS=of_slots, ROUNDED=rounded, GROUPS=lanes_of(E), STRIP=STRIP,
         **constants_of(activation), **which, **options,
     )  # fmt: skip
-
-

@@ -58,12 +58,13 @@ HIDDEN_GRADIENT: Table = {
     ("16-bit", 12): (
         Tile(16, 128, 64, 4, 3),
         Tile(32, 128, 64, 4, 3),
-        Tile(64, 128, 64, 4, 2),
-        Tile(128, 128, 64, 8, 2),
+        Tile(64, 64, 64, 4, 3),
+        Tile(128, 64, 64, 8, 3),
     ),
     ("odd 16-bit", 0): (Tile(16, 64, 64, 4, 1), Tile(64, 64, 64, 4, 1)),
     ("odd 16-bit", 8): (Tile(16, 64, 32, 4, 2), Tile(64, 64, 32, 8, 2)),
     ("tf32", 8): (Tile(16, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(128, 64, 32, 8, 3)),
+    ("tf32", 12): (Tile(16, 64, 32, 4, 3), Tile(64, 64, 32, 8, 2)),
     ("float32", 0): (Tile(16, 64, 64, 4, 1), Tile(64, 64, 64, 4, 1)),
     ("float32", 8): (Tile(16, 64, 16, 4, 2), Tile(64, 64, 16, 8, 2)),
 }
@@ -148,7 +149,7 @@ def expert_mlp(
     weight_at: int,
     saves: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out [R, Do], h [N, H or 2 H], y [N, Do]."""
+    """Return out [R, Do], h [N, H or 2 H], y [N, Do]."""
     given = _inputs(
         x, w1, w2, topk_weights, b1, b2, shift, seed, sorted_ids, inverse_ids, expert_offsets,
         dropout_p, output_dropout_p, weight_at,
@@ -237,7 +238,7 @@ def expert_mlp_backward(
 def _by_outputs(
     given: _Inputs, grad: Tensor, y: Tensor, output_activation: int, by_b2: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """g [N, Do]; what is known of gradients by weights [N]; writes by_b2."""
+    """Return g [N, Do], and what is known of gradients by weights, [N]; write by_b2."""
     (E, Do, _), N = given.w2.shape, len(given.sorted_ids)
     g = given.x.new_empty(N, Do)
     by_weight = g.new_empty(N, dtype=torch.float32)
