@@ -130,7 +130,9 @@ def gradients(out, inputs, upstream):
 # Relative error of a tensor, by norms. Sums of up to a few hundred products, and two layers of
 # them, err by some 2^-24 times the root of that number. For 16 bits, h is rounded to 2^-9 or 2^-12
 # of its value, as is the result: 2^-8 together where neither is amplified; derivatives of
-# activations have slopes up to 2, and both enter products.
+# activations have slopes up to 2, and both enter products. Kernels whose products take 16 bits
+# round what goes from one to the next, too: the rounding errors of up to six numbers in a row, of
+# random signs, are 2^-9 sqrt(6) together, and twice that behind a slope of 2: less than 2^-6.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 
 

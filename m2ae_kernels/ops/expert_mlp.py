@@ -22,7 +22,8 @@ no mask, no permuted x, no output of an expert. A mask is Philox4x32-10 with key
 (slot id, column / 4, 2 seed[1] + which of the two): ops/_philox.py.
 
 Kernels: csrc/cpu/expert_mlp.cpp and expert_mlp_backward.cpp on the CPU, an expert's rows in blocks
-that stay in its cache, with products in float32 for every dtype. Elsewhere the reference serves,
+that stay in its cache, with products in float32 for every dtype; m2ae_kernels/triton/expert_mlp.py
+on CUDA, two grouped products and a sum over each token's slots. Elsewhere the reference serves,
 sparsely: ops/_expert_mlp_reference.py.
 Papers: Shazeer et al. 2017, "Outrageously large neural networks"; Guo et al. 2025, "SonicMoE", for
 dw without y, which b2 and both dropouts survive.
@@ -100,7 +101,9 @@ def expert_mlp(
 
     Precision: products and sums are float32 for every dtype, in an order that depends on shapes
     and routing alone; h, and y before an output activation, are rounded to the dtype of `x`, out
-    and gradients once.
+    and gradients once. On CUDA, where products take 16-bit operands, so is what goes into them or
+    comes from them: u, a, z, g, dh and du; each adds an error of a rounding to those above. float32
+    operands are rounded to tf32 where torch allows its own products that.
     Under autocast x, w1, w2, b1, b2 and shift are rounded to the autocast dtype. For float64, see
     m2ae_kernels.reference.expert_mlp.
 

@@ -47,7 +47,7 @@ TILES: Table = {
     ("tf32", 8): (Tile(16, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(128, 64, 32, 8, 3)),
     ("tf32", 12): (Tile(16, 64, 32, 4, 3), Tile(64, 64, 32, 8, 2)),
     ("float32", 0): (Tile(16, 64, 64, 4, 1), Tile(64, 64, 64, 4, 1)),
-    ("float32", 8): (Tile(16, 64, 16, 4, 2), Tile(64, 64, 16, 8, 2)),
+    ("float32", 8): (Tile(16, 64, 16, 4, 2), Tile(64, 64, 16, 4, 2)),
 }
 
 
@@ -287,7 +287,7 @@ def multiply_rows(
     (E, K, _), (N, C) = b.shape, out.shape[-2:]
     if out.numel() == 0:
         return
-    tile, options = choose_tile(table, (a, b), N if ends is not None else N * E, E)
+    tile, options = choose_tile(table, ((a,), (b,)), N if ends is not None else N * E, E)
     width = tile.block_n // 2 if is_glu(activation) else tile.block_n
     row_tiles = E * triton.cdiv(N, tile.block_m)
     if ends is not None:

@@ -32,22 +32,29 @@ Table = dict[tuple[str, int], tuple[Tile, ...]]
 STRIP = 8  # row tiles that walk along the columns together, so that both panels stay in L2
 
 
-def kind_of(*operands: Tensor) -> str:
-    """Products of float32 round to tf32 only if torch's may; odd rows do not begin at 16 bytes."""
-    x = operands[0]
+def kind_of(rows: tuple[Tensor, ...], matrices: tuple[Tensor, ...]) -> str:
+    """Products of float32 round to tf32 only if torch's may; odd operands are not read in 16 bytes.
+
+    A group may begin at any row, so rows must be contiguous for that; matrices may lie either way.
+    """
+    x = rows[0]
     if x.element_size() == 2:
-        steps = (step for t in operands for step in t.stride() if step != 1)
-        aligned = all(step % 8 == 0 for step in steps)
-        aligned &= all(t.data_ptr() % 16 == 0 for t in operands)
+        aligned = all(t.stride(-1) == 1 for t in rows)
+        for t in (*rows, *matrices):
+            aligned &= t.data_ptr() % 16 == 0
+            aligned &= all(step % 8 == 0 for step in t.stride() if step != 1)
         return "16-bit" if aligned else "odd 16-bit"
     return "tf32" if _device.allows_tf32(x) else "float32"
 
 
 def choose_tile(
-    table: Table, operands: tuple[Tensor, ...], rows: int, groups: int
+    table: Table,
+    operands: tuple[tuple[Tensor, ...], tuple[Tensor, ...]],  # with rows in groups; matrices
+    rows: int,
+    groups: int,
 ) -> tuple[Tile, dict[str, Any]]:
     """The tile for these operands, this device and this many rows; the options of a launch."""
-    major, kind = _device.capability(operands[0])[0], kind_of(*operands)
+    major, kind = _device.capability(operands[0][0])[0], kind_of(*operands)
     tiles = table[kind, next(m for m in (12, 10, 9, 8, 0) if m <= major and (kind, m) in table)]
     tile = next((tile for tile in tiles if tile.block_m * groups >= rows), tiles[-1])
     return tile, {

@@ -66,7 +66,7 @@ HIDDEN_GRADIENT: Table = {
     ("tf32", 8): (Tile(16, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(128, 64, 32, 8, 3)),
     ("tf32", 12): (Tile(16, 64, 32, 4, 3), Tile(64, 64, 32, 8, 2)),
     ("float32", 0): (Tile(16, 64, 64, 4, 1), Tile(64, 64, 64, 4, 1)),
-    ("float32", 8): (Tile(16, 64, 16, 4, 2), Tile(64, 64, 16, 8, 2)),
+    ("float32", 8): (Tile(16, 64, 16, 4, 2), Tile(64, 64, 16, 4, 2)),
 }
 ROWS, COLUMNS = 32, 32  # of a step of a program that goes over rows without a product
 SLOTS, ADDED = 128, 16  # of a program that adds up tiles; tiles at once
@@ -228,7 +228,12 @@ def expert_mlp_backward(
             multiply_rows(by_h, w1, by_u, given.ends)
             if weight_at == AT_INPUT:
                 by_weight = _by_weighted_inputs(given, by_u)
-            _by_inputs(by_u, given.inverse_ids, by_x, by_shift)
+            if by_x is not None:
+                made[0] = _sums_of_slots(by_u, given.inverse_ids, len(x))
+            if by_shift is not None:
+                of_rows = _sums_of_slots(by_u, given.inverse_ids, len(inverse_ids))
+                of_streams = of_rows.view(len(by_shift), len(x), x.shape[1])
+                by_shift.copy_(of_streams.sum(1, dtype=torch.float32))
         if by_weights is not None:
             with_shares = weight_at == AT_OUTPUT and output_activation == IDENTITY
             _by_router(given, by_weight, shares if with_shares else None, by_weights)
@@ -267,7 +272,7 @@ def _by_hidden(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """by_h as h; the weighted activated rows [N, H]; <da', a>, [tiles, N]. Writes by_b1."""
     (E, Do, H), N = given.w2.shape, len(h)
-    tile, options = choose_tile(HIDDEN_GRADIENT, (g, given.w2, h), N, E)
+    tile, options = choose_tile(HIDDEN_GRADIENT, ((g, h), (given.w2,)), N, E)
     row_tiles, column_tiles = tiles_of_rows(N, E, tile.block_m), triton.cdiv(H, tile.block_n)
     wide = 2 * H if is_glu(activation) else H
     by_h = torch.empty_like(h)
@@ -300,17 +305,10 @@ def _by_weighted_inputs(given: _Inputs, by_u: Tensor) -> Tensor:
     return by_weight
 
 
-def _by_inputs(
-    by_u: Tensor, inverse_ids: Tensor, by_x: Tensor | None, by_shift: Tensor | None
-) -> None:
-    """Sums of by_u, [N, D], over the slots of each token, and of those over each stream's."""
-    D, sums = by_u.shape[1], torch.ops.m2ae_kernels.moe_permute_backward
-    if by_x is not None:
-        by_x.copy_(sums(by_u, None, inverse_ids, len(by_x), D, [True, False])[0])
-    if by_shift is not None:
-        of_rows, _ = sums(by_u, None, inverse_ids, len(inverse_ids), D, [True, False])
-        of_streams = of_rows.view(len(by_shift), -1 if len(of_rows) else 0, D)
-        by_shift.copy_(of_streams.sum(1, dtype=torch.float32))
+def _sums_of_slots(by_u: Tensor, inverse_ids: Tensor, rows: int) -> Tensor:
+    """The sums of by_u, [N, D], over the slots of each of `rows` rows: [rows, D]."""
+    sums = torch.ops.m2ae_kernels.moe_permute_backward
+    return sums(by_u, None, inverse_ids, rows, by_u.shape[1], [True, False])[0]
 
 
 def _by_router(given: _Inputs, by_weight: Tensor, shares: Tensor | None, out: Tensor) -> None:

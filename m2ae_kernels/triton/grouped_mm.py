@@ -86,8 +86,12 @@ def grouped_mm_backward(
         if mat_b.dim() == 3:
             needs_g = by_a is not None or by_b is not None
             g = _by_product(grad, h, mat_a.dtype, offs, len(mat_b), activation, needs_g, by_bias)
-            if by_a is not None:
-                _by_rows(g, mat_b, offs, a_ids, by_a)
+            if by_a is not None and a_ids is None:
+                multiply_rows(g, mat_b.mT, by_a, offs, rounded=False)
+            elif by_a is not None:
+                of_uses = g.new_empty(len(g), mat_a.shape[1], dtype=torch.float32)
+                multiply_rows(g, mat_b.mT, of_uses, offs, rounded=False)
+                made[0] = sum_by_index(of_uses, a_ids, len(mat_a)).to(mat_a.dtype)
             if by_b is not None:
                 # Transposed, because it is the second operand that may be gathered.
                 multiply_depth(g, mat_a, by_b.mT, offs, _gather(a_ids, len(mat_a)))
@@ -124,15 +128,3 @@ def _by_product(
     g = torch.empty_like(h, dtype=dtype)
     gradient_of_product(grad, h, offs, E, activation, g if needed else None, by_bias)
     return g
-
-
-def _by_rows(
-    g: Tensor, mat_b: Tensor, offs: Tensor | None, a_ids: Tensor | None, by_a: Tensor
-) -> None:
-    """Write by_a, [M, K] or [E, M, K]; of gathered rows, [rows, K], the sums of their uses."""
-    if a_ids is None:
-        multiply_rows(g, mat_b.mT, by_a, offs, rounded=False)
-        return
-    of_uses = g.new_empty(len(a_ids), by_a.shape[1], dtype=torch.float32)
-    multiply_rows(g, mat_b.mT, of_uses, offs, rounded=False)
-    by_a.copy_(sum_by_index(of_uses, a_ids, len(by_a)))
