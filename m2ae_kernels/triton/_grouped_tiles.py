@@ -68,6 +68,10 @@ def choose_tile(
     }
 
 
+def contiguous_or_none(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
 def lanes_of(groups: int) -> int:
     """What a vector of all groups needs, with the rows behind the last."""
     return triton.next_power_of_2(groups + 1)

@@ -35,6 +35,7 @@ from m2ae_kernels.triton._grouped_tiles import (
     Table,
     Tile,
     choose_tile,
+    contiguous_or_none,
     lanes_of,
     tiles_of_rows,
 )
@@ -68,7 +69,7 @@ HIDDEN_GRADIENT: Table = {
     ("float32", 0): (Tile(16, 64, 64, 4, 1), Tile(64, 64, 64, 4, 1)),
     ("float32", 8): (Tile(16, 64, 16, 4, 2), Tile(64, 64, 16, 4, 2)),
 }
-ROWS, COLUMNS = 32, 32  # of a step of a program that goes over rows without a product
+ROWS, COLUMNS = 64, 32  # of a step of a program that goes over rows without a product
 SLOTS, ADDED = 128, 16  # of a program that adds up tiles; tiles at once
 
 
@@ -120,13 +121,22 @@ def _inputs(
     output_dropout_p: float,
     weight_at: int,
 ) -> _Inputs:
-    routing = (sorted_ids.contiguous(), inverse_ids.contiguous(), expert_offsets.contiguous()[1:])
-    given = (None if t is None else t.contiguous() for t in (b1, b2, shift))
-    seed = None if seed is None else seed.contiguous()
+    seed = contiguous_or_none(seed)
     return _Inputs(
-        x.contiguous(), w1, w2, topk_weights.contiguous(), *given, *routing,
-        dropout(seed, dropout_p, HIDDEN), dropout(seed, output_dropout_p, OUTPUT), weight_at,
-    )  # fmt: skip
+        x.contiguous(),
+        w1,
+        w2,
+        topk_weights.contiguous(),
+        contiguous_or_none(b1),
+        contiguous_or_none(b2),
+        contiguous_or_none(shift),
+        sorted_ids.contiguous(),
+        inverse_ids.contiguous(),
+        expert_offsets.contiguous()[1:],
+        dropout(seed, dropout_p, HIDDEN),
+        dropout(seed, output_dropout_p, OUTPUT),
+        weight_at,
+    )
 
 
 @reference_for_float64

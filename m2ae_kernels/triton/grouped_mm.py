@@ -16,16 +16,13 @@ from m2ae_kernels.triton._float64 import reference_for_float64
 from m2ae_kernels.triton._grouped_depth import multiply_depth
 from m2ae_kernels.triton._grouped_rows import Gather, multiply_rows
 from m2ae_kernels.triton._grouped_sums import gradient_of_product
+from m2ae_kernels.triton._grouped_tiles import contiguous_or_none
 
 
 def _gather(a_ids: Tensor | None, rows: int) -> Gather | None:
     if a_ids is None:
         return None
     return Gather(a_ids.contiguous(), 1, max(rows, 1), of_slots=False)
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
 
 
 @reference_for_float64
@@ -47,11 +44,11 @@ def grouped_mm(
     h = mat_a.new_empty(shape if saves else 0, dtype=out_dtype)
     shape[-1] = C // 2 if is_glu(activation) else C
     out = mat_a.new_empty(shape, dtype=out_dtype)
-    offs = _contiguous(offs)
+    offs = contiguous_or_none(offs)
     with on_device(mat_a):
         if mat_b.dim() == 3:
             multiply_rows(
-                mat_a, mat_b, out, offs, bias=_contiguous(bias), h=h if saves else None,
+                mat_a, mat_b, out, offs, bias=contiguous_or_none(bias), h=h if saves else None,
                 gather=_gather(a_ids, mat_a.shape[0]), activation=activation,
                 rounded=activation != IDENTITY,
             )  # fmt: skip
@@ -81,14 +78,14 @@ def grouped_mm_backward(
         for t, need in zip(inputs, output_mask, strict=True)
     ]
     by_a, by_b, by_bias = made
-    offs = _contiguous(offs)
+    offs = contiguous_or_none(offs)
     with on_device(mat_a), without_autocast(mat_a.device):
         if mat_b.dim() == 3:
             needs_g = by_a is not None or by_b is not None
             g = _by_product(grad, h, mat_a.dtype, offs, len(mat_b), activation, needs_g, by_bias)
             if by_a is not None and a_ids is None:
                 multiply_rows(g, mat_b.mT, by_a, offs, rounded=False)
-            elif by_a is not None:
+            elif by_a is not None and a_ids is not None:
                 of_uses = g.new_empty(len(g), mat_a.shape[1], dtype=torch.float32)
                 multiply_rows(g, mat_b.mT, of_uses, offs, rounded=False)
                 made[0] = sum_by_index(of_uses, a_ids, len(mat_a)).to(mat_a.dtype)
