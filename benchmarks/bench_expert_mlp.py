@@ -1,8 +1,8 @@
 """expert_mlp against the layers that users write: benchmarks/moe_layers.py.
 
-`python benchmarks/bench_expert_mlp.py [--threads N]` lets the rivals take turns, forward and
-backward, which is what a ratio on a shared machine needs, and adds the peak memory of one call,
-without the gradients that it returns.
+`python benchmarks/bench_expert_mlp.py [--device cuda] [--threads N] [--layer D H E k]` lets the
+rivals take turns, forward and backward, which is what a ratio on a shared machine needs, and adds
+the peak memory of one call, without the gradients that it returns.
 """
 
 import argparse
@@ -18,8 +18,11 @@ LAYER = (512, 2048, 12, 4)  # D, H, E, k
 RIVALS = {
     "eager loop": moe_layers.loop,
     "grouped_mm": moe_layers.torch_grouped_mm,
+    "compile": torch.compile(moe_layers.torch_grouped_mm, dynamic=False),
     "all experts": moe_layers.all_experts,
 }
+# (T, D, H, E, k): small enough for a smoke run, and a part of M3-JEPA's batch.
+SHAPES = {"cpu": (512, 256, 512, 12, 4), "cuda": (16384, 2048, 2048, 12, 4)}
 IMPLS = ("m2ae_kernels", *RIVALS)
 
 
@@ -56,12 +59,7 @@ def call_of(impl, T, D, H, E, k, dtype, device, direction):
     def forward():
         if impl == "m2ae_kernels":
             return expert_mlp(x, w1, w2, weights, ids, b1=b1, b2=b2, routing=routing)
-        functions = {
-            "grouped_mm": moe_layers.torch_grouped_mm,
-            "all experts": moe_layers.all_experts,
-        }
-        rival = functions.get(impl, moe_layers.loop)
-        return rival(x, w1, w2, weights, b1, b2, routing)
+        return RIVALS[impl](x, w1, w2, weights, b1, b2, routing)
 
     def both():
         return torch.autograd.grad(forward(), leaves, grad)
@@ -70,10 +68,11 @@ def call_of(impl, T, D, H, E, k, dtype, device, direction):
 
 
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("T,D,H,E,k", [(512, 256, 512, 12, 4)])
-def bench_expert_mlp(T, D, H, E, k, impl, direction, device, bench):
-    fn = call_of(impl, T, D, H, E, k, torch.float32, device, direction)
+@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "compile"])
+def bench_expert_mlp(impl, direction, device, bench):
+    T, D, H, E, k = SHAPES[device]
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    fn = call_of(impl, T, D, H, E, k, dtype, device, direction)
     passes = 1 if direction == "forward" else 3
     group = f"expert_mlp {direction} T={T} D={D} H={H} E={E} k={k}"
     bench(group, fn, flops=passes * 4 * T * k * D * H, impl=impl)
@@ -81,9 +80,11 @@ def bench_expert_mlp(T, D, H, E, k, impl, direction, device, bench):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
+    parser.add_argument("--layer", type=int, nargs=4, default=LAYER, metavar=("D", "H", "E", "K"))
     parser.add_argument("--impls", nargs="+", default=list(IMPLS))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--directions", nargs="+", default=["forward", "both"])
@@ -94,20 +95,26 @@ def main():
     torch.set_num_threads(given.threads)
     dtype = getattr(torch, given.dtype)
     if given.peak:
-        call_of(given.peak, 64, 64, 64, 2, 1, dtype, "cpu", "both")()  # what is loaded once
-        call = call_of(given.peak, given.tokens[0], *LAYER, dtype, "cpu", "both")
+        case = (dtype, given.device, "both")
+        call_of(given.peak, 64, 64, 64, 2, 1, *case)()  # what is loaded once
+        call = call_of(given.peak, given.tokens[0], *given.layer, *case)
+        if given.peak == "compile":
+            call()  # what compiling takes is not the layer's
         grads = []
-        peak = side_by_side.peak_mb(lambda: grads.extend(call()))
+        peak = side_by_side.peak_mb(lambda: grads.extend(call()), given.device)
         print(peak - sum(grad.nbytes for grad in grads) / 1e6)
         return
-    print(side_by_side.machine("cpu"))
+    print(side_by_side.machine(given.device))
     for T in given.tokens:
         for direction in given.directions:
-            calls = {i: call_of(i, T, *LAYER, dtype, "cpu", direction) for i in given.impls}
-            print(f"T = {T}, D, H, E, k = {LAYER}, {given.dtype}, {direction}")
-            table = side_by_side.compare(calls, "m2ae_kernels", seconds=given.seconds)
+            torch.compiler.reset()  # else `compile` runs eagerly, from the ninth case on
+            case = (T, *given.layer, dtype, given.device, direction)
+            calls = {impl: call_of(impl, *case) for impl in given.impls}
+            print(f"T = {T}, D, H, E, k = {given.layer}, {given.dtype}, {direction}")
+            table = side_by_side.compare(calls, "m2ae_kernels", given.device, given.seconds)
             for impl, (ms, ratio) in table.items():
                 flags = ("--threads", given.threads, "--dtype", given.dtype, "--tokens", T)
+                flags += ("--device", given.device, "--layer", *given.layer)
                 line = f"  {impl:14} {ms:8.1f} ms  {ratio:5.2f}x ours"
                 if direction == "both":
                     peak = side_by_side.in_fresh_process(__file__, *flags, "--peak", impl)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from moe_dispatch import DIRECTIONS, OURS, Program, call, inputs
+from moe_dispatch import DIRECTIONS, OURS, SHAPES, Program, call, inputs
 
 from m2ae_kernels import moe_permute
 
@@ -21,12 +21,14 @@ ROWS = {"eager": eager, "compile": torch.compile(eager, dynamic=False), OURS: ou
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("impl", ["eager", OURS])
-@pytest.mark.parametrize("T,D,E,k", [(1024, 512, 12, 4), (4096, 512, 12, 4)])
-def bench_moe_permute(T, D, E, k, impl, direction, device, bench):
-    given = inputs(T, D, E, k, torch.float32, device)
-    forward = 4 * (T + T * k) * D  # a row of x is read once, and written k times
+@pytest.mark.parametrize("size", range(2))
+def bench_moe_permute(size, impl, direction, device, bench):
+    T, D, E, k, dtype = SHAPES[device][size]
+    given = inputs(T, D, E, k, dtype, device)
+    # A row of x is read once, and written k times.
+    forward = dtype.itemsize * (T + T * k) * D
     bench(
-        f"moe_permute {direction} T={T} D={D} E={E} k={k}",
+        f"moe_permute {direction} T={T} D={D} E={E} k={k} {dtype}",
         call(ROWS[impl], ("x",), given, direction),
         bytes_moved=forward if direction == "forward" else 2 * forward,
         impl=impl,

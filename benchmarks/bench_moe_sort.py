@@ -38,7 +38,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("impl", ["eager", "eager_scatter", OURS])
-@pytest.mark.parametrize("T,E,k", [(1024, 12, 4), (16384, 12, 4), (16384, 256, 8)])
+@pytest.mark.parametrize("T,E,k", [(1024, 12, 4), (16384, 12, 4), (65536, 12, 4), (16384, 256, 8)])
 def bench_moe_sort(T, E, k, impl, device, bench):
     given = inputs(T, 1, E, k, torch.float32, device)
     bench(

@@ -6,7 +6,7 @@ experts that do nothing. As a program: moe_dispatch.py
 
 import pytest
 import torch
-from moe_dispatch import DIRECTIONS, OURS, Program, call, inputs
+from moe_dispatch import DIRECTIONS, OURS, SHAPES, Program, call, inputs
 
 from m2ae_kernels import moe_permute, moe_sort, moe_unpermute
 
@@ -87,14 +87,19 @@ CASES = {
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("impl", ["eager", "eager_gather", OURS])
-@pytest.mark.parametrize("T,D,E,k", [(1024, 512, 12, 4), (4096, 512, 12, 4)])
+@pytest.mark.parametrize("size", range(2))
 @pytest.mark.parametrize("case", CASES)
-def bench_moe_unpermute(case, T, D, E, k, impl, direction, device, bench):
+def bench_moe_unpermute(case, size, impl, direction, device, bench):
+    T, D, E, k, dtype = SHAPES[device][size]
     functions, leaves = CASES[case]
-    given = inputs(T, D, E, k, torch.float32, device)
+    given = inputs(T, D, E, k, dtype, device)
+    # k rows of y are read, and one is written; backward the other way, and y for the weights.
+    rows = {"forward": k + 1, "both": 3 * k + 2}[direction]
+    moved = rows * T * D * dtype.itemsize if case == "moe_unpermute" else None
     bench(
-        f"{case} {direction} T={T} D={D} E={E} k={k}",
+        f"{case} {direction} T={T} D={D} E={E} k={k} {dtype}",
         call(functions[impl], leaves, given, direction),
+        bytes_moved=moved,
         impl=impl,
     )
 

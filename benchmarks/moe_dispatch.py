@@ -19,6 +19,11 @@ from m2ae_kernels import MoERouting, moe_sort
 
 OURS = "m2ae_kernels"
 DIRECTIONS = ("forward", "both")
+# (T, D, E, k, dtype): on a GPU M3-JEPA's batch, and Qwen3's experts.
+SHAPES = {
+    "cpu": ((1024, 512, 12, 4, torch.float32), (4096, 512, 12, 4, torch.float32)),
+    "cuda": ((61680, 2048, 12, 4, torch.bfloat16), (16384, 2048, 128, 8, torch.bfloat16)),
+}
 
 
 @dataclass

@@ -3,8 +3,9 @@
 Each op is one name in four places: `m2ae_kernels.<op>` to call, `torch.ops.m2ae_kernels.<op>` under
 the dispatcher, `m2ae_kernels.reference.<op>` as its plain-PyTorch definition, and
 m2ae_kernels/ops/<op>.py to read. `python -m m2ae_kernels` prints which kernel serves which device.
-On top of them, without kernels of their own: contrastive.py, `m2ae_kernels.nn` with modules, and
-`m2ae_kernels.distributed` with losses over the rows of several processes.
+On top of them, without kernels of their own: contrastive.py, moe.py, `m2ae_kernels.nn` with
+modules, and `m2ae_kernels.distributed` with losses over the rows of several processes; and what
+other libraries have it as: transformers_experts.py, routing_formats.py.
 
     import torch
     from m2ae_kernels import info_nce_loss
@@ -12,7 +13,7 @@ On top of them, without kernels of their own: contrastive.py, `m2ae_kernels.nn` 
     scale = torch.tensor(14.3, requires_grad=True)
     info_nce_loss(images, texts, scale, normalize=True).backward()
 
-docs/contrastive_losses.md has more, and measured figures.
+docs/contrastive_losses.md has more, and measured figures; docs/mixture_of_experts.md the rest.
 """
 
 from m2ae_kernels import distributed, nn, reference
@@ -33,6 +34,8 @@ from m2ae_kernels.ops import (
 from m2ae_kernels.ops._info_nce_loss_reduction import ContrastiveMetrics
 from m2ae_kernels.ops._moe_routing import MoERouting
 from m2ae_kernels.ops.topk_gating import TopkGatingOutput
+from m2ae_kernels.routing_formats import from_routing_map, to_routing_map, vllm_topk_softmax
+from m2ae_kernels.transformers_experts import register_transformers_experts
 
 __all__ = [
     "ContrastiveMetrics",
@@ -42,6 +45,7 @@ __all__ = [
     "distributed",
     "ema_update_",
     "expert_mlp",
+    "from_routing_map",
     "gate_topk",
     "grouped_mm",
     "info_nce_loss",
@@ -53,10 +57,13 @@ __all__ = [
     "nt_xent_loss",
     "patch_embed",
     "reference",
+    "register_transformers_experts",
     "router_entropy_loss",
     "router_z_loss",
     "siglip_loss",
     "sup_con_loss",
+    "to_routing_map",
     "topk_gating",
+    "vllm_topk_softmax",
 ]
 __version__ = "0.1.0"

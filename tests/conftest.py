@@ -95,6 +95,22 @@ def impl(request, monkeypatch):
         yield getattr(m2ae_kernels, op), device
 
 
+@pytest.fixture
+def on_gpu(impl):
+    """The op of `impl`, where that runs on a GPU."""
+    op, device = impl
+    if device != "cuda":
+        pytest.skip("a kernel of the CPU")
+    return op
+
+
+@pytest.fixture
+def no_sync():
+    """A function after which waiting for the GPU is an error, until the test ends."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
 def op_of(module):
     """The op's basename: that of test_<op>.py, or of test_<op>_<aspect>.py."""
     name = module.__name__.rpartition("test_")[2]

@@ -165,18 +165,16 @@ def test_graph_capture_needs_a_known_set(impl, request, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_graph_follows_the_decay_tensor_without_a_sync():
+def test_graph_follows_the_decay_tensor_without_a_sync(no_sync):
     targets, sources = tensors(torch.float32, "cuda"), tensors(torch.bfloat16, "cuda")
     decay = torch.tensor(1.0, dtype=torch.float64, device="cuda")
     ema_update_(targets, sources, decay)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    no_sync()
+    ema_update_(targets, sources, decay)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
         ema_update_(targets, sources, decay)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            ema_update_(targets, sources, decay)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.set_sync_debug_mode("default")
     for value in (0.9, 0.5, 0.0):
         expected = [average(t, s, value) for t, s in zip(targets, sources, strict=True)]
         decay.fill_(value)

@@ -2,25 +2,11 @@
 
 import pytest
 import torch
+from gpu_streams import captured, own_stream
 from info_nce_cases import EPS, exact, features, number
 from torch.testing import assert_close
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture
-def on_gpu(impl):
-    op, device = impl
-    if device != "cuda":
-        pytest.skip("a kernel of the CPU")
-    return op
-
-
-@pytest.fixture
-def no_sync():
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
 
 
 def masks(N, M):
@@ -35,13 +21,13 @@ def masks(N, M):
 
 @pytest.mark.parametrize("same_id", ["negative", "ignore", "positive"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_no_sync(dtype, same_id, on_gpu, request):
+def test_no_sync(dtype, same_id, on_gpu, no_sync):
     query, key = features(300, 400, D=64, device="cuda", dtype=dtype)
     scale, weight = number(14.3, "cuda"), torch.rand(300, device="cuda")
     given = {"normalize": True, "same_id": same_id, "weight": weight, "label_smoothing": 0.1}
     given |= {"return_metrics": True, **masks(300, 400)}
     on_gpu(query, key, scale, **given)[0].backward()  # compiles, which may wait
-    request.getfixturevalue("no_sync")
+    no_sync()
     loss, _ = on_gpu(query, key, scale, **given)
     loss.backward()
 
@@ -56,22 +42,14 @@ def test_forward_and_backward_in_one_graph(dtype, on_gpu):
         loss = on_gpu(query, key, scale, **given)
         return loss, *torch.autograd.grad(loss, (query, key, scale))
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, outputs = captured(step)
     for value in (5.0, 100.0, 200.0):  # the same graph on either side of what one exp covers
         with torch.no_grad():
             query.normal_()
             key.normal_()
             scale.fill_(value)
         graph.replay()
-        replayed = [t.clone() for t in captured]
+        replayed = [t.clone() for t in outputs]
         assert all(map(torch.equal, replayed, step()))
 
 
@@ -79,14 +57,10 @@ def test_another_stream(on_gpu):
     query, key = features(1000, 1000, D=64, device="cuda")
     expected = on_gpu(query, key, normalize=True)
     wanted = torch.autograd.grad(expected, (query, key))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(20_000_000)
+    with own_stream(busy=True):
         copies = [t.detach().clone().requires_grad_() for t in (query, key)]  # not there before
         loss = on_gpu(*copies, normalize=True)
         grads = torch.autograd.grad(loss, copies)
-    stream.synchronize()
     assert torch.equal(loss, expected)
     assert all(map(torch.equal, grads, wanted))
 

@@ -79,8 +79,9 @@ def test_nothing_points_back_to_the_model(folder):
         assert "from m2ae." not in path.read_text()
 
 
-def test_import_needs_no_triton():
-    run("-c", "import sys, m2ae_kernels; assert 'triton' not in sys.modules")
+@pytest.mark.parametrize("module", ["triton", "transformers"])
+def test_import_does_without(module):
+    run("-c", f"import sys, m2ae_kernels; assert '{module}' not in sys.modules")
 
 
 def test_main_names_the_serving_kernels():

@@ -2,18 +2,13 @@
 
 import pytest
 import torch
+from gpu_streams import captured, own_stream
 from torch.testing import assert_close
 
 from m2ae_kernels import moe_permute, moe_sort, moe_unpermute, reference
 
 pytestmark = pytest.mark.gpu
 T, E, k, D = 3000, 12, 4, 64
-
-
-@pytest.fixture
-def no_sync():
-    yield lambda: torch.cuda.set_sync_debug_mode("error")
-    torch.cuda.set_sync_debug_mode("default")
 
 
 def inputs(T=T, dtype=torch.float32):
@@ -49,21 +44,13 @@ def test_no_sync(dtype, given, no_sync):
 @pytest.mark.parametrize("given", OPTIONS[:3], ids=str)
 def test_forward_and_backward_in_one_graph(given):
     ids, weights, x = inputs()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step(ids, weights, x, **given)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(ids, weights, x, **given)
+    graph, outputs = captured(lambda: step(ids, weights, x, **given))
     for _ in range(3):  # another routing at each replay
         with torch.no_grad():
             for tensor, value in zip((ids, weights, x), inputs(), strict=True):
                 tensor.copy_(value)
         graph.replay()
-        replayed = [t.clone() for t in captured]
+        replayed = [t.clone() for t in outputs]
         assert all(map(torch.equal, replayed, step(ids, weights, x, **given)))
 
 
@@ -79,13 +66,9 @@ def test_sorts_as_the_cpu_does(given):
 def test_another_stream():
     ids, weights, x = inputs()
     expected = step(ids, weights, x)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(20_000_000)
+    with own_stream(busy=True):
         copies = [t.detach().clone() for t in (ids, weights, x)]  # not there before
         result = step(copies[0], *(t.requires_grad_() for t in copies[1:]))
-    stream.synchronize()
     assert all(map(torch.equal, result, expected))
 
 

@@ -19,6 +19,7 @@ def test_examples_run(tmp_path, monkeypatch):
     for example in examples:
         exec(example, names)
     assert names["tokens"].shape == (8, 98, 768)
+    assert names["routed"].shape == (8, 98, 768)
     assert names["loss"].isfinite()
     assert names["cosines"].shape == (4, 4)
     assert names["pixels"].shape == (4, 3, 48, 48)

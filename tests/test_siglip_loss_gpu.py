@@ -2,24 +2,11 @@
 
 import pytest
 import torch
+from gpu_streams import captured, own_stream
 from test_siglip_loss import features, numbers
 from torch.testing import assert_close
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture
-def on_gpu(impl):
-    op, device = impl
-    if device != "cuda":
-        pytest.skip("a kernel of the CPU")
-    return op
-
-
-@pytest.fixture
-def no_sync():
-    yield lambda: torch.cuda.set_sync_debug_mode("error")
-    torch.cuda.set_sync_debug_mode("default")
 
 
 def pairing(N, M):
@@ -60,15 +47,7 @@ def test_forward_and_backward_in_one_graph(dtype, reduction, on_gpu):
         loss = on_gpu(*inputs, **given).sum()
         return loss, *torch.autograd.grad(loss, inputs)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, outputs = captured(step)
     for scale, bias in ((5.0, -3.0), (100.0, -60.0)):
         with torch.no_grad():
             for tensor, value in zip(inputs[2:], (scale, bias), strict=True):
@@ -76,7 +55,7 @@ def test_forward_and_backward_in_one_graph(dtype, reduction, on_gpu):
             inputs[0].normal_()
             inputs[1].normal_()
         graph.replay()
-        replayed = [t.clone() for t in captured]
+        replayed = [t.clone() for t in outputs]
         assert all(map(torch.equal, replayed, step()))
 
 
@@ -84,14 +63,10 @@ def test_another_stream(on_gpu):
     images, texts = features(1000, 1000, D=64, device="cuda")
     expected = on_gpu(images, texts, 10.0, -10.0, normalize=True)
     wanted = torch.autograd.grad(expected, (images, texts))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(20_000_000)
+    with own_stream(busy=True):
         copies = [t.detach().clone().requires_grad_() for t in (images, texts)]  # not there before
         loss = on_gpu(*copies, 10.0, -10.0, normalize=True)
         grads = torch.autograd.grad(loss, copies)
-    stream.synchronize()
     assert torch.equal(loss, expected)
     assert all(map(torch.equal, grads, wanted))
 

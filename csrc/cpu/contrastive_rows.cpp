@@ -5,6 +5,7 @@
 #include <cstring>
 #include <limits>
 
+#include "../floating_element.h"
 #include "isa.h"
 
 namespace m2ae::cpu {
@@ -12,22 +13,7 @@ namespace m2ae::cpu {
 Element contrastive_element(const char* op, const char* name, const Tensor& features) {
   STD_TORCH_CHECK(
       features.is_cpu() && features.dim() == 2, op, ": expected ", name, " [rows, D] on the CPU");
-  switch (features.scalar_type()) {
-    case ScalarType::Float:
-      return Element::kFloat32;
-    case ScalarType::BFloat16:
-      return Element::kBFloat16;
-    case ScalarType::Half:
-      return Element::kFloat16;
-    default:
-      STD_TORCH_CHECK(
-          false,
-          op,
-          ": expected ",
-          name,
-          " in float32, bfloat16 or float16, got ",
-          toString(features.scalar_type()));
-  }
+  return floating_element(op, name, features);
 }
 
 Operand contrastive_operand(Element element) {

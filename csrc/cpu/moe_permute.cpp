@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../moe_arguments.h"
 #include "isa.h"
 #include "moe_permute_rows.h"
 
@@ -16,17 +17,6 @@ namespace m2ae::cpu {
 namespace {
 
 constexpr const char* kOp = "moe_permute";
-
-int64_t streams_of(int64_t R, int64_t T) {
-  STD_TORCH_CHECK(
-      T > 0 ? R % T == 0 : R == 0,
-      kOp,
-      ": expected R of the routing to be a multiple of T = ",
-      T,
-      ", got ",
-      R);
-  return T > 0 ? R / T : 0;
-}
 
 std::tuple<Tensor, Tensor> moe_permute_cpu(
     const Tensor& x /* [T, D] */,
@@ -37,7 +27,7 @@ std::tuple<Tensor, Tensor> moe_permute_cpu(
   const int64_t N = sorted_ids.numel(), T = from.rows(), D = from.width();
   const SortedSlots slots(kOp, &sorted_ids, inverse_ids, N);
   const SlotWeights weights(kOp, pointer_to(topk_weights), slots);
-  const int64_t S = streams_of(slots.rows(), T), k = slots.slots(), bytes = from.row_bytes();
+  const int64_t S = streams_of(kOp, slots.rows(), T), k = slots.slots(), bytes = from.row_bytes();
 
   Tensor rows = empty_rows(x, N, D, from.dtype());
   Tensor row_weights = torch::stable::new_empty(x, {weights.given() ? N : 0}, ScalarType::Float);
@@ -69,7 +59,7 @@ std::tuple<Tensor, Tensor> moe_permute_cpu(
 Tensor gradient_of_tokens(const Tensor& grad_rows, const Tensor& inverse_ids, int64_t T) {
   const Rows from(kOp, "grad_rows", grad_rows);
   const SortedSlots slots(kOp, nullptr, inverse_ids, from.rows());
-  const int64_t S = streams_of(slots.rows(), T), k = slots.slots(), D = from.width();
+  const int64_t S = streams_of(kOp, slots.rows(), T), k = slots.slots(), D = from.width();
   Tensor grad_x = empty_rows(grad_rows, T, D, from.dtype());
   auto* const to = static_cast<char*>(grad_x.mutable_data_ptr());
   const auto sum = kernels().moe_combine[int(from.element())];

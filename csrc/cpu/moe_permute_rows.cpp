@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "../floating_element.h"
 #include "workspace.h"
 
 #if defined(__SSE2__)
@@ -12,25 +13,6 @@ namespace m2ae::cpu {
 namespace {
 
 constexpr int64_t kPooledBytes = int64_t(1) << 20;  // malloc keeps smaller blocks by itself
-
-Element element_of(const char* op, const char* name, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Element::kFloat32;
-    case ScalarType::BFloat16:
-      return Element::kBFloat16;
-    case ScalarType::Half:
-      return Element::kFloat16;
-    default:
-      STD_TORCH_CHECK(
-          false,
-          op,
-          ": expected ",
-          name,
-          " in float32, bfloat16 or float16, got ",
-          toString(tensor.scalar_type()));
-  }
-}
 
 Tensor with_runs(const char* op, const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(
@@ -53,7 +35,7 @@ void check_ids(const char* op, const char* name, const Tensor& ids, int64_t dim)
 
 Rows::Rows(const char* op, const char* name, const Tensor& tensor)
     : tensor_(with_runs(op, name, tensor)),
-      element_(element_of(op, name, tensor)),
+      element_(floating_element(op, name, tensor)),
       data_(static_cast<const char*>(tensor_.const_data_ptr())),
       stride_bytes_(tensor_.stride(0) * bytes_of(element_)) {}
 

@@ -13,11 +13,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "../moe_arguments.h"
 #include "workspace.h"
 
 namespace m2ae::cpu {
@@ -28,7 +28,6 @@ using torch::stable::Tensor;
 
 constexpr const char* kOp = "moe_sort";
 constexpr int64_t kRun = 1 << 14;  // slots of a thread, at least: pays for waking it
-enum DropPolicy { kPosition = 0, kSlot = 1, kProb = 2 };
 
 class Sorter {
  public:
@@ -124,11 +123,11 @@ class Chooser {
   void operator()(const int32_t* slots, int64_t n, int64_t capacity, std::vector<bool>* keeps) {
     keeps->assign(n, capacity >= n);
     if (capacity >= n) return;
-    if (policy_ == kPosition) {
+    if (policy_ == DropPolicy::kPosition) {
       std::fill_n(keeps->begin(), capacity, true);
       return;
     }
-    if (policy_ == kSlot) return by_slot(slots, n, capacity, keeps);
+    if (policy_ == DropPolicy::kSlot) return by_slot(slots, n, capacity, keeps);
     order_.resize(n);
     for (int64_t i = 0; i < n; ++i) order_[i] = int32_t(i);
     // Largest first, NaN last, equals as they stand: a strict order, whatever the algorithm.
@@ -199,30 +198,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_sort_cpu(
     int64_t drop_policy,
     const std::optional<Tensor>& topk_weights /* [R, k] */,
     int64_t align) {
-  STD_TORCH_CHECK(
-      topk_ids.is_cpu() && topk_ids.dim() == 2 && topk_ids.scalar_type() == ScalarType::Int,
-      kOp,
-      ": expected topk_ids [R, k] of int32 on the CPU");
-  const int64_t k = topk_ids.size(1), n = topk_ids.numel(), E = num_experts;
-  STD_TORCH_CHECK(k >= 1 && E >= 1 && align >= 1, kOp, ": expected k, E and align of 1 or more");
-  STD_TORCH_CHECK(
-      drop_policy >= kPosition && drop_policy <= kProb && capacity.value_or(0) >= 0,
-      kOp,
-      ": expected drop_policy 0, 1 or 2, and no negative capacity");
-  const int64_t N = (n + E * (align - 1) + align - 1) / align * align;
-  STD_TORCH_CHECK(
-      N <= std::numeric_limits<int32_t>::max(), kOp, ": expected less than 2^31 rows, got ", N);
-  const bool by_weight = drop_policy == kProb && capacity;
-  STD_TORCH_CHECK(
-      !by_weight || (topk_weights && topk_weights->is_cpu() && topk_weights->numel() == n &&
-                     topk_weights->dim() == 2 && topk_weights->size(1) == k &&
-                     topk_weights->scalar_type() == ScalarType::Float),
-      kOp,
-      ": expected topk_weights [R, k] of float32 on the CPU for drop_policy 2");
-
+  const MoeSortOptions options(topk_ids, num_experts, capacity, drop_policy, topk_weights, align);
+  const int64_t n = options.slots, k = options.k, E = options.E, N = options.N;
   const Tensor ids = torch::stable::contiguous(topk_ids);
   Tensor sorted_ids = torch::stable::new_empty(topk_ids, {N});
-  Tensor inverse_ids = torch::stable::new_empty(topk_ids, {topk_ids.size(0), k});
+  Tensor inverse_ids = torch::stable::new_empty(topk_ids, {options.R, k});
   Tensor expert_offsets = torch::stable::new_empty(topk_ids, {E + 1});
   Tensor tokens_per_expert = torch::stable::new_empty(topk_ids, {E});
   auto* const sorted = static_cast<int32_t*>(sorted_ids.mutable_data_ptr());
@@ -236,10 +216,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_sort_cpu(
     std::fill(sorted + offsets[e] + kept[e], sorted + offsets[e + 1], -1);
   std::fill(sorted + offsets[E], sorted + N, -1);
   if (sorter.overflows()) {
-    Tensor weights = by_weight ? torch::stable::contiguous(*topk_weights) : ids;
+    Tensor weights = options.by_weight ? torch::stable::contiguous(*topk_weights) : ids;
     const float* const w =
-        by_weight ? static_cast<const float*>(weights.const_data_ptr()) : nullptr;
-    sort_and_drop(sorter, n, E, DropPolicy(drop_policy), k, w, offsets, kept, sorted, inverse);
+        options.by_weight ? static_cast<const float*>(weights.const_data_ptr()) : nullptr;
+    sort_and_drop(sorter, n, E, options.policy, k, w, offsets, kept, sorted, inverse);
   } else {
     sorter.sort(
         [&](int64_t e) { return offsets[e]; },

@@ -2,23 +2,13 @@
 // moe_unpermute.cu; contract and math: m2ae_kernels/ops/moe_permute.py
 #include <tuple>
 
+#include "../moe_arguments.h"
 #include "moe_rows_host.h"
 
 namespace m2ae::cuda {
 namespace {
 
 constexpr const char* kOp = "moe_permute";
-
-int64_t streams_of(int64_t R, int64_t T) {
-  STD_TORCH_CHECK(
-      T > 0 ? R % T == 0 : R == 0,
-      kOp,
-      ": expected R of the routing to be a multiple of T = ",
-      T,
-      ", got ",
-      R);
-  return T > 0 ? R / T : 0;
-}
 
 std::tuple<Tensor, Tensor> moe_permute_cuda(
     const Tensor& x /* [T, D] */,
@@ -33,11 +23,11 @@ std::tuple<Tensor, Tensor> moe_permute_cuda(
     routing.weights = inputs.floats("topk_weights", *topk_weights, inverse_ids.numel());
   STD_TORCH_CHECK(x.dim() == 2, kOp, ": expected x [T, D]");
   routing.T = x.size(0);
-  routing.S = streams_of(inverse_ids.size(0), routing.T);
+  routing.S = streams_of(kOp, inverse_ids.size(0), routing.T);
   routing.k = inverse_ids.size(1);
   routing.N = sorted_ids.size(0);
   routing.D = x.size(1);
-  routing.element = inputs.element(x.scalar_type());
+  routing.element = floating_element(kOp, "x", x);
   const void* const from = inputs.matrix("x", x, routing.T, routing.D, x.scalar_type());
 
   [[maybe_unused]] const auto guard = device_guard(x);
@@ -65,7 +55,7 @@ std::tuple<Tensor, Tensor> moe_permute_backward_cuda(
   MoeRows routing{};
   routing.inverse = inputs.ids("inverse_ids", inverse_ids, 2);
   routing.T = T;
-  routing.S = streams_of(inverse_ids.size(0), T);
+  routing.S = streams_of(kOp, inverse_ids.size(0), T);
   routing.k = inverse_ids.size(1);
   routing.D = D;
   [[maybe_unused]] const auto guard = device_guard(inverse_ids);
@@ -75,7 +65,7 @@ std::tuple<Tensor, Tensor> moe_permute_backward_cuda(
   if (grad_rows && output_mask[0]) {
     const ScalarType type = grad_rows->scalar_type();
     routing.N = grad_rows->size(0);
-    routing.element = inputs.element(type);
+    routing.element = floating_element(kOp, "grad_rows", *grad_rows);
     const void* const from = inputs.matrix("grad_rows", *grad_rows, routing.N, D, type);
     grad_x = torch::stable::new_empty(*grad_rows, {T, D});
     M2AE_CUDA_CHECK(moe_combine_launch(routing, from, nullptr, grad_x.mutable_data_ptr(), stream));

@@ -7,6 +7,7 @@
 #include <optional>
 #include <vector>
 
+#include "../floating_element.h"
 #include "host.h"
 #include "moe_rows.h"
 
@@ -58,17 +59,6 @@ class MoeInputs {
         columns,
         " in the dtype of the other matrices");
     return hold(name, tensor);
-  }
-
-  Element element(ScalarType type) const {
-    if (type == ScalarType::Float) return Element::kFloat32;
-    if (type == ScalarType::BFloat16) return Element::kBFloat16;
-    STD_TORCH_CHECK(
-        type == ScalarType::Half,
-        op_,
-        ": expected float32, bfloat16 or float16, got ",
-        toString(type));
-    return Element::kFloat16;
   }
 
  private:

@@ -8,10 +8,10 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <array>
-#include <limits>
 #include <optional>
 #include <tuple>
 
+#include "../moe_arguments.h"
 #include "host.h"
 
 namespace m2ae::cuda {
@@ -21,7 +21,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr const char* kOp = "moe_sort";
-enum DropPolicy { kPosition = 0, kSlot = 1, kProb = 2 };
 
 // Slots, largest weight first, equal ones as they stand, NaN last: ascending order of -w.
 Tensor order_by_weight(const Tensor& weights /* [R, k] */) {
@@ -42,13 +41,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_sort_cuda(
     int64_t drop_policy,
     const std::optional<Tensor>& topk_weights /* [R, k] */,
     int64_t align) {
-  STD_TORCH_CHECK(
-      topk_ids.dim() == 2 && topk_ids.scalar_type() == ScalarType::Int,
-      kOp,
-      ": expected topk_ids [R, k] of int32");
-  const int64_t R = topk_ids.size(0), k = topk_ids.size(1), slots = topk_ids.numel();
-  const int64_t E = num_experts;
-  STD_TORCH_CHECK(k >= 1 && E >= 1 && align >= 1, kOp, ": expected k, E and align of 1 or more");
+  const MoeSortOptions options(topk_ids, num_experts, capacity, drop_policy, topk_weights, align);
+  const int64_t R = options.R, k = options.k, slots = options.slots, E = options.E, N = options.N;
   STD_TORCH_CHECK(
       E <= kMoeSortMaxExperts,
       kOp,
@@ -56,21 +50,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_sort_cuda(
       kMoeSortMaxExperts,
       " experts on CUDA, got ",
       E);
-  STD_TORCH_CHECK(
-      drop_policy >= kPosition && drop_policy <= kProb && capacity.value_or(0) >= 0,
-      kOp,
-      ": expected drop_policy 0, 1 or 2, and no negative capacity");
-  const int64_t N = (slots + E * (align - 1) + align - 1) / align * align;
-  STD_TORCH_CHECK(
-      N <= std::numeric_limits<int32_t>::max(), kOp, ": expected less than 2^31 rows, got ", N);
-  const bool by_weight = drop_policy == kProb && capacity;
-  STD_TORCH_CHECK(
-      !by_weight ||
-          (topk_weights && topk_weights->device() == topk_ids.device() &&
-           topk_weights->dim() == 2 && topk_weights->numel() == slots &&
-           topk_weights->size(1) == k && topk_weights->scalar_type() == ScalarType::Float),
-      kOp,
-      ": expected topk_weights [R, k] of float32 on the device of topk_ids for drop_policy 2");
 
   [[maybe_unused]] const auto guard = device_guard(topk_ids);
   const cudaStream_t stream = current_stream(topk_ids);
@@ -95,10 +74,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_sort_cuda(
   arguments.offsets = expert_offsets.mutable_data_ptr<int32_t>();
   arguments.kept = tokens_per_expert.mutable_data_ptr<int32_t>();
 
-  if (capacity && drop_policy != kPosition && slots > 0) {
+  if (capacity && options.policy != DropPolicy::kPosition && slots > 0) {
     Tensor kept_ids = torch::stable::new_empty(topk_ids, {R, k});
     int32_t* const kept = kept_ids.mutable_data_ptr<int32_t>();
-    if (by_weight) {
+    if (options.by_weight) {
       const Tensor order = order_by_weight(*topk_weights);
       M2AE_CUDA_CHECK(
           moe_sort_drop_launch(arguments, {order.const_data_ptr<int64_t>(), 0}, kept, stream));

@@ -27,7 +27,7 @@ void combine(
   routing.k = inverse_ids.size(1);
   routing.N = y.size(0);
   routing.D = y.size(1);
-  routing.element = inputs.element(type);
+  routing.element = floating_element(kOp, "y", y);
   const void* const rows = inputs.matrix("y", y, routing.N, routing.D, type);
   const void* const added =
       residual ? inputs.matrix("residual", *residual, routing.T, routing.D, type) : nullptr;
@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor> moe_unpermute_backward_cuda(
   routing.k = inverse_ids.size(1);
   routing.N = sorted_ids.size(0);
   routing.D = grad_out.size(1);
-  routing.element = inputs.element(type);
+  routing.element = floating_element(kOp, "grad_out", grad_out);
   const void* const grad = inputs.matrix("grad_out", grad_out, routing.T, routing.D, type);
   const bool need_weights = y && topk_weights && output_mask[1];
   const void* const rows =

@@ -4,6 +4,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 
 def expect_default(op: str, name: str, value: object, default: object = None) -> None:
@@ -31,6 +32,18 @@ def expect_dtype(
     if tensor.dtype not in dtypes:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{op}: expected {name} in {allowed}, got {tensor.dtype}{cure}")
+
+
+def refuse_forward_mode(op: str, *differentiable: object) -> None:
+    """No input has a tangent: PyTorch would go on with zeros in the place of the derivative."""
+    if torch.compiler.is_compiling():
+        return  # tracers know no tangents
+    for tensor in differentiable:
+        if isinstance(tensor, Tensor) and unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(
+                f"{op}: expected reverse mode, got a tangent of forward mode;"
+                f" m2ae_kernels.reference.{op} has both"
+            )
 
 
 def refuse_second_derivative(op: str) -> None:

@@ -135,7 +135,7 @@ def call(*inputs: Any) -> tuple[Tensor, ...]:
     """The registered op, in eager mode with a gradient by way of _Call.
 
     register_autograd makes a Python copy of the schema in every call: of 110 us, forward and
-    backward at T = 16, E = 8, one AMD EPYC (Zen 4) core, torch 2.13, that is 45.
+    backward at T = 16, E = 8, one AMD EPYC (Zen 5) core, torch 2.13, that is 45.
     """
     needs_grad = torch.is_grad_enabled() and any(
         isinstance(x, Tensor) and x.requires_grad for x in inputs[:2]

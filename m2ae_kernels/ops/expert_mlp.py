@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from m2ae_kernels.ops import _expert_mlp_reference
-from m2ae_kernels.ops._checks import expect_dtype
+from m2ae_kernels.ops._checks import expect_dtype, refuse_forward_mode
 from m2ae_kernels.ops._expert_mlp_arguments import (
     check_routing,
     check_seed,
@@ -47,6 +47,7 @@ from m2ae_kernels.ops._expert_mlp_arguments import (
 )
 from m2ae_kernels.ops._expert_mlp_op import registered
 from m2ae_kernels.ops._moe_routing import MoERouting
+from m2ae_kernels.ops.moe_sort import moe_sort
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -115,6 +116,7 @@ def expert_mlp(
     cure = "; m2ae_kernels.reference.expert_mlp takes float64"
     expect_dtype("expert_mlp", "x", x, FLOATING, cure)
     expect_dtype("expert_mlp", "topk_weights", topk_weights, (torch.float32,), cure)
+    refuse_forward_mode("expert_mlp", x, w1, w2, topk_weights, b1, b2, shift)
     inputs = (x, w1, w2, topk_weights, topk_ids, (b1, b2), shift, seed, routing)
     options = (activation, output_activation, dropout_p, output_dropout_p, apply_router_weight)
     try:
@@ -172,8 +174,6 @@ def _expert_mlp_of(
     if seed is None and (numbers[2] > 0 or numbers[3] > 0):
         seed = torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=x.device)
     if routing is None:
-        from m2ae_kernels.ops.moe_sort import moe_sort
-
         routing = moe_sort(topk_ids, len(w1))
     order = (routing.sorted_ids, routing.inverse_ids, routing.expert_offsets)
     differentiable = (*inputs[:3], topk_weights, *inputs[3:])

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from m2ae_kernels.ops import _grouped_mm_reference
 from m2ae_kernels.ops._activations import IDENTITY, activation_id
-from m2ae_kernels.ops._checks import expect_dtype
+from m2ae_kernels.ops._checks import expect_dtype, refuse_forward_mode
 from m2ae_kernels.ops._grouped_mm_arguments import check_epilogue, check_shapes, in_one_dtype
 from m2ae_kernels.ops._grouped_mm_op import registered
 
@@ -75,6 +75,7 @@ def grouped_mm(
     """
     cure = "; m2ae_kernels.reference.grouped_mm takes float64"
     expect_dtype("grouped_mm", "mat_a", mat_a, FLOATING, cure)
+    refuse_forward_mode("grouped_mm", mat_a, mat_b, bias)
     try:
         return _grouped_mm_of(registered, mat_a, mat_b, offs, bias, activation, out_dtype, a_ids)
     except RuntimeError as error:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from m2ae_kernels.ops import _info_nce_loss_op, _info_nce_loss_reference
-from m2ae_kernels.ops._checks import expect_dtype
+from m2ae_kernels.ops._checks import expect_dtype, refuse_forward_mode
 from m2ae_kernels.ops._info_nce_loss_arguments import info_nce_loss_of
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
@@ -128,6 +128,7 @@ def info_nce_loss(
     for name, features in {"query": query, "key": key}.items():
         cure = "; m2ae_kernels.reference.info_nce_loss takes float64"
         expect_dtype("info_nce_loss", name, features, FLOATING, cure)
+    refuse_forward_mode("info_nce_loss", query, key, logit_scale)
     pairs = (target, target_offset, ignore_index, symmetric, normalize, eps)
     rows = (query_mask, key_mask, query_ids, key_ids, same_id, exclude_self)
     reduced = (label_smoothing, weight, reduction, return_metrics, allow_tf32, max_workspace_bytes)

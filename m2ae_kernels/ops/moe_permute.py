@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from m2ae_kernels._library import define
-from m2ae_kernels.ops._checks import expect_dtype, refuse_second_derivative
+from m2ae_kernels.ops._checks import expect_dtype, refuse_forward_mode, refuse_second_derivative
 from m2ae_kernels.ops._moe_arguments import FLOATING, check_moe_permute, raise_as_value_error
 from m2ae_kernels.ops._moe_routing import MoERouting
 from m2ae_kernels.ops._plain import accumulator
@@ -62,6 +62,7 @@ def moe_permute(
     expect_dtype("moe_permute", "x", x, FLOATING, cure)
     if topk_weights is not None:
         expect_dtype("moe_permute", "topk_weights", topk_weights, FLOATING, cure)
+    refuse_forward_mode("moe_permute", x, topk_weights)
     return _permute(_op, x, routing, topk_weights)
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from m2ae_kernels._library import define
-from m2ae_kernels.ops._checks import expect_dtype, refuse_second_derivative
+from m2ae_kernels.ops._checks import expect_dtype, refuse_forward_mode, refuse_second_derivative
 from m2ae_kernels.ops._moe_arguments import FLOATING, check_moe_unpermute, raise_as_value_error
 from m2ae_kernels.ops._moe_routing import MoERouting
 from m2ae_kernels.ops._plain import accumulator
@@ -66,6 +66,7 @@ def moe_unpermute(
     expect_dtype("moe_unpermute", "y", y, FLOATING, cure)
     if topk_weights is not None:
         expect_dtype("moe_unpermute", "topk_weights", topk_weights, FLOATING, cure)
+    refuse_forward_mode("moe_unpermute", y, topk_weights, residual)
     check_moe_unpermute(y, routing, topk_weights, residual, out)
     weights = None if topk_weights is None else topk_weights.float()
     inputs = (y, routing.sorted_ids, routing.inverse_ids, weights, residual)

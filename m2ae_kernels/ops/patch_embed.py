@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m2ae_kernels._library import define
-from m2ae_kernels.ops._checks import refuse_second_derivative
+from m2ae_kernels.ops._checks import refuse_forward_mode, refuse_second_derivative
 from m2ae_kernels.ops._patch_embed_arguments import patch_embed_arguments
 from m2ae_kernels.ops._patch_embed_patches import image_gradient, kept_patches, num_patches
 from m2ae_kernels.ops._plain import accumulator, sum_by_index, without_autocast
@@ -100,6 +100,7 @@ def patch_embed(
         TypeError: a dtype or a device is not as above.
         NotImplementedError: video, or an argument that is not supported yet.
     """
+    refuse_forward_mode("patch_embed", x, weight, bias, pos_embed, prefix_tokens)
     tensors = (x, weight, bias, pos_embed, keep_idx, prefix_tokens)
     options = (mean, std, scale, patch_size, data_format, pad, image_idx, out_dtype)
     given = (*tensors, *options)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from m2ae_kernels.ops import _siglip_loss_reference
-from m2ae_kernels.ops._checks import expect_dtype
+from m2ae_kernels.ops._checks import expect_dtype, refuse_forward_mode
 from m2ae_kernels.ops._siglip_loss_arguments import siglip_loss_of
 from m2ae_kernels.ops._siglip_loss_op import registered
 
@@ -104,6 +104,7 @@ def siglip_loss(
         cure = "; m2ae_kernels.reference.siglip_loss takes float64"
         expect_dtype("siglip_loss", name, rows, FLOATING, cure)
     inputs = (image_features, text_features, logit_scale, logit_bias)
+    refuse_forward_mode("siglip_loss", *inputs, weight)
     pairing = (target, target_offset, ignore_index, query_mask, key_mask, query_ids, key_ids)
     options = (same_id, normalize, eps, weight, reduction, allow_tf32, max_workspace_bytes)
     arguments = (*inputs, *pairing, *options)

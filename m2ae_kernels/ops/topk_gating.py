@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from m2ae_kernels.ops import _topk_gating_op, _topk_gating_reference
-from m2ae_kernels.ops._checks import expect_dtype
+from m2ae_kernels.ops._checks import expect_dtype, refuse_forward_mode
 from m2ae_kernels.ops._topk_gating_arguments import topk_gating_of
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
@@ -129,6 +129,7 @@ def topk_gating(
     """
     cure = "; m2ae_kernels.reference.topk_gating takes float64"
     expect_dtype("topk_gating", "logits", logits, FLOATING, cure)
+    refuse_forward_mode("topk_gating", logits, logit_shift)
     scoring = (score_function, norm_topk_prob, expert_bias)
     groups = (n_group, topk_group, group_score)
     rows = (routed_scaling_factor, logit_shift, token_mask)

@@ -1,6 +1,8 @@
-"""nn.MoE under DDP, with an expert that no token of a rank chose."""
+"""nn.MoE under DDP and FSDP, with an expert that no token of a rank chose."""
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
@@ -33,14 +35,30 @@ def gradients(rank, size):
     return [parameter.grad for parameter in moe.parameters()]
 
 
-def test_experts_that_nobody_chose_have_zero_gradients(processes):
-    of_ranks = processes.run(RANKS, gradients)
+def sharded_gradients(rank, size):
+    mesh = init_device_mesh("cpu", (size,))
+    moe = fully_shard(layer(), mesh=mesh)
+    for _ in range(2):
+        moe.zero_grad()
+        moe(tokens(rank))[0].square().mean().backward()
+    return [parameter.grad.full_tensor() for parameter in moe.parameters()]
+
+
+def expected_gradients():
     moe = layer()
     loss = sum(moe(tokens(rank))[0].square().mean() for rank in range(RANKS)) / RANKS
-    expected = torch.autograd.grad(loss, list(moe.parameters()))
+    return torch.autograd.grad(loss, list(moe.parameters()))
+
+
+def test_weights_sharded_by_fsdp(processes):
+    for grads in processes.run(RANKS, sharded_gradients):
+        assert_close(grads, list(expected_gradients()))
+
+
+def test_experts_that_nobody_chose_have_zero_gradients(processes):
+    of_ranks = processes.run(RANKS, gradients)
     for grads in of_ranks:
-        for grad, right in zip(grads, expected, strict=True):
-            assert_close(grad, right)
-    names = [name for name, _ in moe.named_parameters()]
+        assert_close(grads, list(expected_gradients()))
+    names = [name for name, _ in layer().named_parameters()]
     of_last = dict(zip(names, of_ranks[0], strict=True))
     assert not any(of_last[f"experts.{name}"][E - 1].any() for name in ("w1", "b1", "w2", "b2"))

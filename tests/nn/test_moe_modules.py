@@ -208,6 +208,34 @@ def test_compiles_to_one_graph():
         assert_close(grad, expected)
 
 
+def test_autocast_routes_in_float32():
+    moe = moe_of(bias=True)
+    x = torch.randn(T, D).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out, for_losses = moe(x)
+        gating = moe.router(x)
+    exactly = moe.router(x)
+    assert torch.equal(gating.topk_ids, exactly.topk_ids)
+    assert torch.equal(for_losses["logsumexp"], exactly.logsumexp)
+    assert out.dtype == torch.bfloat16
+    # Experts on rounded tokens and weights, by the op's own rule: the same bits.
+    half = copy.deepcopy(moe.experts).bfloat16()
+    expected = half(x.bfloat16(), gating.topk_weights, gating.topk_ids)
+    assert torch.equal(out, expected)
+    grads = torch.autograd.grad(out.float().sum(), [x, *moe.parameters()])
+    assert all(grad.dtype == torch.float32 for grad in grads)
+
+
+def test_gradients_accumulate():
+    moe = moe_of(bias=True)
+    parts = [torch.randn(T, D), torch.randn(2 * T, D)]
+    for part in parts:
+        moe(part)[0].square().sum().backward()
+    of_steps = [parameter.grad for parameter in moe.parameters()]
+    loss = sum(moe(part)[0].square().sum() for part in parts)
+    assert_close(of_steps, list(torch.autograd.grad(loss, list(moe.parameters()))))
+
+
 # ---- modules and their lists
 
 

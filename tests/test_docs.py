@@ -1,0 +1,32 @@
+"""Documentation: each example runs by itself, and what the text names exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import m2ae_kernels
+
+PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+EXAMPLES = [
+    pytest.param(example, id=f"{page.stem}-{i}")
+    for page in PAGES
+    for i, example in enumerate(re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.S))
+]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_example_runs(example):
+    if "import transformers" in example:
+        pytest.importorskip("transformers", minversion="5.9")
+    exec(example, {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_names_exist(page):
+    text = page.read_text("utf-8")
+    for name in re.findall(r"`nn\.(\w+)", text):
+        assert hasattr(m2ae_kernels.nn, name), name
+    for name in re.findall(r"`(?:m2ae_kernels\.)?(\w+)\(", text):
+        known = name in m2ae_kernels.__all__ or hasattr(m2ae_kernels.nn, name)
+        assert known, name
