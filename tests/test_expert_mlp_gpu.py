@@ -1,11 +1,14 @@
-"""expert_mlp on a GPU: no waits, graphs with another routing, streams, many rows, routing nonsense.
+"""expert_mlp on a GPU: waits, graphs with another routing, streams, tiles, routing nonsense, size.
 
-Nothing here has a routing given: moe_sort is part of what must not wait.
+No routing is given where waits and graphs are looked at: moe_sort is part of what must not wait.
 """
+
+import itertools
 
 import pytest
 import torch
 from expert_mlp_cases import NAMES, assert_matches, call, case_of, routing_of
+from gpu_streams import captured, own_stream
 from torch.testing import assert_close
 
 from m2ae_kernels import moe_sort
@@ -19,20 +22,6 @@ OPTIONS = [
     {"activation": "geglu", "apply_router_weight": "input"},
     {"apply_router_weight": "none", "output_dropout_p": 0.3},
 ]
-
-
-@pytest.fixture
-def on_gpu(impl):
-    op, device = impl
-    if device != "cuda":
-        pytest.skip("a kernel of the CPU")
-    return op
-
-
-@pytest.fixture
-def no_sync():
-    yield lambda: torch.cuda.set_sync_debug_mode("error")
-    torch.cuda.set_sync_debug_mode("default")
 
 
 def inputs_of(options, dtype, S=2):
@@ -66,15 +55,7 @@ def test_forward_and_backward_in_one_graph(dtype, options, on_gpu):
     inputs, ids = inputs_of(options, dtype)
     seed = torch.tensor([5, 6], device="cuda")
     options = {"seed": seed, **options}
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step(on_gpu, inputs, ids, options)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(on_gpu, inputs, ids, options)
+    graph, outputs = captured(lambda: step(on_gpu, inputs, ids, options))
     for replay in range(3):  # another routing and another mask at each; at last, one expert alone
         others, other_ids = inputs_of(options, dtype)
         with torch.no_grad():
@@ -83,20 +64,16 @@ def test_forward_and_backward_in_one_graph(dtype, options, on_gpu):
             for name in NAMES:
                 inputs[name].copy_(others[name])
         graph.replay()
-        replayed = [t.clone() for t in captured]
+        replayed = [t.clone() for t in outputs]
         assert all(map(torch.equal, replayed, step(on_gpu, inputs, ids, options)))
 
 
 def test_another_stream(on_gpu):
     inputs, ids = inputs_of(OPTIONS[0], torch.bfloat16)
     expected = step(on_gpu, inputs, ids, {})
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(20_000_000)
+    with own_stream(busy=True):
         copies = {name: t.detach().clone().requires_grad_() for name, t in inputs.items()}
         result = step(on_gpu, copies, ids.clone(), {})  # not there before
-    stream.synchronize()
     assert all(map(torch.equal, result, expected))
 
 
@@ -111,14 +88,12 @@ def test_another_device(on_gpu):
     assert torch.cuda.current_device() == 0
 
 
-# Every height of a tile, by the rows of an average expert; aligned, and not.
-@pytest.mark.parametrize("width", [64, 51])
-@pytest.mark.parametrize("rows", [1, 10, 30, 60, 400])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_tiles_of_every_height(dtype, rows, width, on_gpu):
-    T = 4 * rows
-    for options in OPTIONS:
-        activation = options.get("activation", "gelu")
+def test_tiles_of_every_height(dtype, options, on_gpu):
+    # By the rows of an average expert; matrices are aligned, and are not.
+    for rows, width in itertools.product((1, 10, 30, 60, 400), (64, 51)):
+        T, activation = 4 * rows, options.get("activation", "gelu")
         given = {"device": "cuda", "dtype": dtype, "activation": activation}
         inputs, ids = case_of(T, width, 3 * width, width, 8, 2, **given)
         routing = routing_of(ids, 8)

@@ -113,7 +113,7 @@ def multiply_depth(
     (E, M, C), N = out.shape, a.shape[-2]
     if out.numel() == 0:
         return
-    tile, options = choose_tile(TILES, ((a, b), ()), M, 1)
+    tile, options = choose_tile(TILES, ((a, b), (out,)), M, 1)
     ids, k, T, _, _, shift, weights = gather or Gather(None, 1, 1)
     strides = [(0, *t.stride())[-3:] for t in (a, b, out)]
     grid = (E * triton.cdiv(M, tile.block_m) * triton.cdiv(C, tile.block_n),)

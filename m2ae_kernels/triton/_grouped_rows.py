@@ -293,7 +293,7 @@ def multiply_rows(
     (E, K, _), (N, C) = b.shape, out.shape[-2:]
     if out.numel() == 0:
         return
-    tile, options = choose_tile(table, ((a,), (b,)), N if ends is not None else N * E, E)
+    tile, options = choose_tile(table, ((a, out), (b,)), N if ends is not None else N * E, E)
     width = tile.block_n // 2 if is_glu(activation) else tile.block_n
     row_tiles = E * triton.cdiv(N, tile.block_m)
     if ends is not None:

@@ -33,9 +33,10 @@ STRIP = 8  # row tiles that walk along the columns together, so that both panels
 
 
 def kind_of(rows: tuple[Tensor, ...], matrices: tuple[Tensor, ...]) -> str:
-    """Products of float32 round to tf32 only if torch's may; odd operands are not read in 16 bytes.
+    """Products of float32 round to tf32 only if torch's may; odd operands do not move in 16 bytes.
 
-    A group may begin at any row, so rows must be contiguous for that; matrices may lie either way.
+    A group may begin at any row, so rows must be contiguous for that, also those of the output;
+    matrices may lie either way.
     """
     x = rows[0]
     if x.element_size() == 2:
