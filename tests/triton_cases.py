@@ -200,8 +200,8 @@ ROUTER_ALONE = tuple(i == 3 for i in range(7))
 CALLS += [
     functools.partial(expert_mlp, dtype, D, rows, activation, **given)
     for dtype, D, rows, activation, given in (
-        (half, 64, 200, GELU, {}),
-        (half, 64, 200, SWIGLU, {"every_option": True}),
+        (half, 256, 200, GELU, {}),
+        (half, 256, 200, SWIGLU, {"every_option": True}),
         (half, 64, 50, SWIGLU, {"needs": ROUTER_ALONE}),
         (half, 64, 30, SWIGLU, {"needs": ROUTER_ALONE}),
         (half, 64, 10, SWIGLU, {"needs": ROUTER_ALONE}),

@@ -16,6 +16,8 @@ from m2ae_kernels.triton._numbers import float32_of, rounded_to
 from m2ae_kernels.triton._philox import dropped
 from m2ae_kernels.triton._tiles import halves_of, sum_over_tiles
 
+PART = tl.constexpr(32)  # columns of a product that are worked on together
+
 
 @triton.jit(do_not_specialize=["N", "threshold"])
 def expert_output_gradient_kernel(
@@ -79,8 +81,8 @@ def expert_output_gradient_kernel(
 
 
 @triton.jit
-def _by_half(
-    by_a,  # [BLOCK_M, WIDTH], half of a tile: w2^T g
+def _by_hidden(
+    by_a,  # [BLOCK_M, WIDTH], a tile or part of one: w2^T g
     row,
     inside,
     slot,
@@ -100,41 +102,57 @@ def _by_half(
     WHICH: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Stores gradients by h, and weighted activated rows; returns <da', a> of each row."""
+    """Stores gradients by h, and weighted activated rows; returns <da', a> of each row.
+
+    In parts, because a tile takes more registers than there are.
+    """
     WIDTH: tl.constexpr = by_a.shape[1]
-    HALVES: tl.constexpr = 2 if GLU else 1
-    dtype: tl.constexpr = by_h_ptr.dtype.element_ty
-    c = column + tl.arange(0, WIDTH)
-    in_columns = c < C
-    row_64 = row.to(tl.int64)
-    at = row_64[:, None] * (HALVES * C) + c[None, :]
-    at_parts = tile.to(tl.int64) * (HALVES * C) + c
-    stored = inside[:, None] & in_columns[None, :]
-    read = (slot >= 0)[:, None] & in_columns[None, :]
-    h = float32_of(tl.load(h_ptr + at, mask=read, other=0.0), INTERPRETED)
-    if seed_ptr is not None:
-        by_a = dropped(by_a, slot, column, seed_ptr, threshold, scale, WHICH)
-    a = activated(h, ACTIVATION)
-    by_h = slope(h, ACTIVATION) * by_a
-    if GLU:
-        up = float32_of(tl.load(h_ptr + at + C, mask=read, other=0.0), INTERPRETED)
-        by_up = by_a * a * weight[:, None]
-        tl.store(by_h_ptr + at + C, rounded_to(by_up, dtype, INTERPRETED), mask=stored)
-        if parts_ptr is not None:
-            tl.store(parts_ptr + at_parts + C, tl.sum(by_up, axis=0), mask=in_columns)
-        by_h *= up
-        a *= up
-    by_h *= weight[:, None]
-    tl.store(by_h_ptr + at, rounded_to(by_h, dtype, INTERPRETED), mask=stored)
-    if parts_ptr is not None:
-        tl.store(parts_ptr + at_parts, tl.sum(by_h, axis=0), mask=in_columns)
-    shares = tl.sum(by_a * a, axis=1)
-    if a_ptr is not None:
-        a *= weight[:, None]
+    if WIDTH > PART:
+        left, right = halves_of(by_a)
+        shares = _by_hidden(
+            left, row, inside, slot, weight, column, tile,
+            h_ptr, seed_ptr, by_h_ptr, a_ptr, parts_ptr, C, threshold, scale,
+            ACTIVATION, GLU, WHICH, INTERPRETED,
+        )  # fmt: skip
+        shares += _by_hidden(
+            right, row, inside, slot, weight, column + WIDTH // 2, tile,
+            h_ptr, seed_ptr, by_h_ptr, a_ptr, parts_ptr, C, threshold, scale,
+            ACTIVATION, GLU, WHICH, INTERPRETED,
+        )  # fmt: skip
+    else:
+        HALVES: tl.constexpr = 2 if GLU else 1
+        dtype: tl.constexpr = by_h_ptr.dtype.element_ty
+        c = column + tl.arange(0, WIDTH)
+        in_columns = c < C
+        row_64 = row.to(tl.int64)
+        at = row_64[:, None] * (HALVES * C) + c[None, :]
+        at_parts = tile.to(tl.int64) * (HALVES * C) + c
+        stored = inside[:, None] & in_columns[None, :]
+        read = (slot >= 0)[:, None] & in_columns[None, :]
+        h = float32_of(tl.load(h_ptr + at, mask=read, other=0.0), INTERPRETED)
         if seed_ptr is not None:
-            a = dropped(a, slot, column, seed_ptr, threshold, scale, WHICH)
-        at_a = a_ptr + row_64[:, None] * C + c[None, :]
-        tl.store(at_a, rounded_to(a, dtype, INTERPRETED), mask=stored)
+            by_a = dropped(by_a, slot, column, seed_ptr, threshold, scale, WHICH)
+        a = activated(h, ACTIVATION)
+        by_h = slope(h, ACTIVATION) * by_a
+        if GLU:
+            up = float32_of(tl.load(h_ptr + at + C, mask=read, other=0.0), INTERPRETED)
+            by_up = by_a * a * weight[:, None]
+            tl.store(by_h_ptr + at + C, rounded_to(by_up, dtype, INTERPRETED), mask=stored)
+            if parts_ptr is not None:
+                tl.store(parts_ptr + at_parts + C, tl.sum(by_up, axis=0), mask=in_columns)
+            by_h *= up
+            a *= up
+        by_h *= weight[:, None]
+        tl.store(by_h_ptr + at, rounded_to(by_h, dtype, INTERPRETED), mask=stored)
+        if parts_ptr is not None:
+            tl.store(parts_ptr + at_parts, tl.sum(by_h, axis=0), mask=in_columns)
+        shares = tl.sum(by_a * a, axis=1)
+        if a_ptr is not None:
+            a *= weight[:, None]
+            if seed_ptr is not None:
+                a = dropped(a, slot, column, seed_ptr, threshold, scale, WHICH)
+            at_a = a_ptr + row_64[:, None] * C + c[None, :]
+            tl.store(at_a, rounded_to(a, dtype, INTERPRETED), mask=stored)
     return shares
 
 
@@ -171,8 +189,7 @@ def expert_hidden_gradient_kernel(
     INTERPRETED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # One program owns a tile of hidden channels, and works on it in two halves, left and right: the
-    # whole takes more registers than there are.
+    # One program owns a tile of hidden channels.
     group, first, end, column, tile = tile_of_program(
         ends_ptr, N, E, C, BLOCK_M, BLOCK_N, GROUPS, STRIP
     )
@@ -189,14 +206,8 @@ def expert_hidden_gradient_kernel(
         weight = tl.full([BLOCK_M], 1.0, tl.float32)
         if weights_ptr is not None:
             weight = tl.load(weights_ptr + slot, mask=slot >= 0, other=0.0)
-        left, right = halves_of(by_a)
-        shares = _by_half(
-            left, row, inside, slot, weight, column, tile,
-            h_ptr, seed_ptr, by_h_ptr, a_ptr, parts_ptr, C, threshold, scale,
-            ACTIVATION, GLU, WHICH, INTERPRETED,
-        )  # fmt: skip
-        shares += _by_half(
-            right, row, inside, slot, weight, column + BLOCK_N // 2, tile,
+        shares = _by_hidden(
+            by_a, row, inside, slot, weight, column, tile,
             h_ptr, seed_ptr, by_h_ptr, a_ptr, parts_ptr, C, threshold, scale,
             ACTIVATION, GLU, WHICH, INTERPRETED,
         )  # fmt: skip

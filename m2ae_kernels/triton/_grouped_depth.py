@@ -15,7 +15,8 @@ from m2ae_kernels.triton._numbers import float32_of, rounded_to
 TILES: Table = {
     ("16-bit", 0): (Tile(64, 64, 32, 4, 1),),
     ("16-bit", 8): (Tile(128, 128, 64, 8, 3),),
-    ("16-bit", 12): (Tile(128, 128, 64, 8, 2),),
+    ("16-bit", 9): (Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 3)),
+    ("16-bit", 12): (Tile(128, 64, 64, 8, 2),),
     ("odd 16-bit", 0): (Tile(64, 64, 32, 4, 1),),
     ("odd 16-bit", 8): (Tile(64, 64, 32, 8, 2),),
     ("tf32", 8): (Tile(64, 64, 32, 4, 3),),
@@ -113,7 +114,7 @@ def multiply_depth(
     (E, M, C), N = out.shape, a.shape[-2]
     if out.numel() == 0:
         return
-    tile, options = choose_tile(TILES, ((a, b), (out,)), M, 1)
+    tile, options = choose_tile(TILES, ((a, b), (out,)), M, 1, C)
     ids, k, T, _, _, shift, weights = gather or Gather(None, 1, 1)
     strides = [(0, *t.stride())[-3:] for t in (a, b, out)]
     grid = (E * triton.cdiv(M, tile.block_m) * triton.cdiv(C, tile.block_n),)

@@ -36,6 +36,13 @@ TILES: Table = {
         Tile(64, 128, 64, 4, 3),
         Tile(128, 128, 64, 8, 3),
     ),
+    ("16-bit", 9): (
+        Tile(16, 128, 64, 4, 4),
+        Tile(32, 128, 64, 4, 4),
+        Tile(64, 128, 64, 4, 4),
+        Tile(128, 128, 64, 8, 4),
+        Tile(128, 256, 64, 8, 3),
+    ),
     ("16-bit", 10): (
         Tile(16, 128, 64, 4, 4),
         Tile(32, 128, 64, 4, 4),
@@ -55,6 +62,7 @@ TILES: Table = {
     ("float32", 0): (Tile(16, 64, 64, 4, 1), Tile(64, 64, 64, 4, 1)),
     ("float32", 8): (Tile(16, 64, 16, 4, 2), Tile(64, 64, 16, 4, 2)),
 }
+PART = tl.constexpr(64)  # columns of a product that are worked on together
 
 
 class Gather(NamedTuple):
@@ -132,9 +140,9 @@ def _rounded(dots, h_ptr, at, mask, dtype: tl.constexpr, INTERPRETED: tl.constex
 
 
 @triton.jit
-def _store_half(
-    dots,  # [BLOCK_M, WIDTH], half of a tile
-    up,  # the other, for a gated unit
+def _store(
+    dots,  # [BLOCK_M, WIDTH], a tile or part of one
+    up,  # what it gates, for a gated unit
     out_rows,  # [BLOCK_M], pointers
     h_rows,  # int64 [BLOCK_M], where rows of h begin
     h_ptr,
@@ -154,25 +162,43 @@ def _store_half(
     WHICH: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
+    """What follows the product; in parts, because a tile takes more registers than there are."""
     WIDTH: tl.constexpr = dots.shape[1]
-    dtype: tl.constexpr = out_rows.dtype.element_ty
-    c = column + tl.arange(0, WIDTH)
-    mask = inside[:, None] & (c < C)[None, :]
-    dots = _biased(dots, bias_ptr, c, c < C, live, INTERPRETED)
-    if GLU:
-        up = _biased(up, bias_ptr, C + c, c < C, live, INTERPRETED)
-    if ROUNDED:
-        at = h_rows[:, None] + c[None, :]
-        dots = _rounded(dots, h_ptr, at, mask, dtype, INTERPRETED)
+    if WIDTH > PART:
+        left, right = halves_of(dots)
+        up_left = left
+        up_right = right
         if GLU:
-            up = _rounded(up, h_ptr, at + C, mask, dtype, INTERPRETED)
-    values = activated(dots, ACTIVATION)
-    if GLU:
-        values *= up
-    if seed_ptr is not None:
-        values = dropped(values, slot, column, seed_ptr, threshold, scale, WHICH)
-    at_out = out_rows[:, None] + (c.to(tl.int64) * out_column)[None, :]
-    tl.store(at_out, rounded_to(values, dtype, INTERPRETED), mask=mask)
+            up_left, up_right = halves_of(up)
+        _store(
+            left, up_left, out_rows, h_rows, h_ptr, bias_ptr, inside, live, slot, column,
+            seed_ptr, C, out_column, threshold, scale,
+            ACTIVATION, GLU, ROUNDED, WHICH, INTERPRETED,
+        )  # fmt: skip
+        _store(
+            right, up_right, out_rows, h_rows, h_ptr, bias_ptr, inside, live, slot,
+            column + WIDTH // 2, seed_ptr, C, out_column, threshold, scale,
+            ACTIVATION, GLU, ROUNDED, WHICH, INTERPRETED,
+        )  # fmt: skip
+    else:
+        dtype: tl.constexpr = out_rows.dtype.element_ty
+        c = column + tl.arange(0, WIDTH)
+        mask = inside[:, None] & (c < C)[None, :]
+        dots = _biased(dots, bias_ptr, c, c < C, live, INTERPRETED)
+        if GLU:
+            up = _biased(up, bias_ptr, C + c, c < C, live, INTERPRETED)
+        if ROUNDED:
+            at = h_rows[:, None] + c[None, :]
+            dots = _rounded(dots, h_ptr, at, mask, dtype, INTERPRETED)
+            if GLU:
+                up = _rounded(up, h_ptr, at + C, mask, dtype, INTERPRETED)
+        values = activated(dots, ACTIVATION)
+        if GLU:
+            values *= up
+        if seed_ptr is not None:
+            values = dropped(values, slot, column, seed_ptr, threshold, scale, WHICH)
+        at_out = out_rows[:, None] + (c.to(tl.int64) * out_column)[None, :]
+        tl.store(at_out, rounded_to(values, dtype, INTERPRETED), mask=mask)
 
 
 @triton.jit(do_not_specialize=["N", "T", "threshold"])
@@ -218,10 +244,8 @@ def grouped_rows_kernel(
     INTERPRETED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # One program owns a tile of `out`, and ends it in two halves: the whole takes more registers
-    # than there are.
-    HALF: tl.constexpr = BLOCK_N // 2
-    WIDTH: tl.constexpr = HALF if GLU else BLOCK_N
+    # One program owns a tile of `out`.
+    WIDTH: tl.constexpr = BLOCK_N // 2 if GLU else BLOCK_N
     HALVES: tl.constexpr = 2 if GLU else 1
     group, first, end, column, _ = tile_of_program(ends_ptr, N, E, C, BLOCK_M, WIDTH, GROUPS, STRIP)
     if first < end:
@@ -261,18 +285,14 @@ def grouped_rows_kernel(
             h_rows += group_64 * N
         h_rows *= HALVES * C
         out_rows = out + group_64 * out_group + row.to(tl.int64) * out_row
-        left, right = halves_of(dots)
-        _store_half(
-            left, right, out_rows, h_rows, h_ptr, bias, inside, live, slot, column,
+        up = dots
+        if GLU:
+            dots, up = halves_of(dots)
+        _store(
+            dots, up, out_rows, h_rows, h_ptr, bias, inside, live, slot, column,
             seed_ptr, C, out_column, threshold, scale,
             ACTIVATION, GLU, ROUNDED, WHICH, INTERPRETED,
         )  # fmt: skip
-        if not GLU:
-            _store_half(
-                right, right, out_rows, h_rows, h_ptr, bias, inside, live, slot, column + HALF,
-                seed_ptr, C, out_column, threshold, scale,
-                ACTIVATION, GLU, ROUNDED, WHICH, INTERPRETED,
-            )  # fmt: skip
 
 
 def multiply_rows(
@@ -293,7 +313,8 @@ def multiply_rows(
     (E, K, _), (N, C) = b.shape, out.shape[-2:]
     if out.numel() == 0:
         return
-    tile, options = choose_tile(table, ((a, out), (b,)), N if ends is not None else N * E, E)
+    rows = N if ends is not None else N * E
+    tile, options = choose_tile(table, ((a, out), (b,)), rows, E, b.shape[2])
     width = tile.block_n // 2 if is_glu(activation) else tile.block_n
     row_tiles = E * triton.cdiv(N, tile.block_m)
     if ends is not None:

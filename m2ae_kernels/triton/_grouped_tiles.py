@@ -25,9 +25,10 @@ class Tile(NamedTuple):
     stages: int  # of the pipeline that loads depth
 
 
-# By kind of product and major compute capability, 0 being the interpreter; the first tile that
-# holds the rows of an average group serves. None of them has been timed on a GPU: registers and
-# shared memory chose them (tests/test_triton.py shows both).
+# By kind of product and major compute capability, 0 being the interpreter. The first tile serves
+# that holds the rows of an average group, or one as high, but wider, if there are as many columns.
+# None of them has been timed on a GPU: registers and shared memory chose them
+# (tests/test_triton.py shows both).
 Table = dict[tuple[str, int], tuple[Tile, ...]]
 STRIP = 8  # row tiles that walk along the columns together, so that both panels stay in L2
 
@@ -53,11 +54,14 @@ def choose_tile(
     operands: tuple[tuple[Tensor, ...], tuple[Tensor, ...]],  # with rows in groups; matrices
     rows: int,
     groups: int,
+    columns: int,
 ) -> tuple[Tile, dict[str, Any]]:
-    """The tile for these operands, this device and this many rows; the options of a launch."""
+    """The tile for these operands, this device and these sizes; the options of a launch."""
     major, kind = _device.capability(operands[0][0])[0], kind_of(*operands)
     tiles = table[kind, next(m for m in (12, 10, 9, 8, 0) if m <= major and (kind, m) in table)]
-    tile = next((tile for tile in tiles if tile.block_m * groups >= rows), tiles[-1])
+    least = next((tile for tile in tiles if tile.block_m * groups >= rows), tiles[-1])
+    as_high = [tile for tile in tiles if tile.block_m == least.block_m]
+    tile = next((tile for tile in reversed(as_high) if tile.block_n <= columns), as_high[0])
     return tile, {
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,

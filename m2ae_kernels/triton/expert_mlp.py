@@ -50,6 +50,13 @@ HIDDEN_GRADIENT: Table = {
         Tile(64, 128, 64, 4, 3),
         Tile(128, 128, 64, 8, 3),
     ),
+    ("16-bit", 9): (
+        Tile(16, 128, 64, 4, 4),
+        Tile(32, 128, 64, 4, 4),
+        Tile(64, 128, 64, 4, 4),
+        Tile(128, 128, 64, 8, 4),
+        Tile(128, 256, 64, 8, 3),
+    ),
     ("16-bit", 10): (
         Tile(16, 128, 64, 4, 4),
         Tile(32, 128, 64, 4, 4),
@@ -67,7 +74,7 @@ HIDDEN_GRADIENT: Table = {
     ("tf32", 8): (Tile(16, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(128, 64, 32, 8, 3)),
     ("tf32", 12): (Tile(16, 64, 32, 4, 3), Tile(64, 64, 32, 8, 2)),
     ("float32", 0): (Tile(16, 64, 64, 4, 1), Tile(64, 64, 64, 4, 1)),
-    ("float32", 8): (Tile(16, 64, 16, 4, 2), Tile(64, 64, 16, 4, 2)),
+    ("float32", 8): (Tile(16, 64, 16, 4, 2), Tile(64, 64, 16, 8, 2)),
 }
 ROWS, COLUMNS = 64, 32  # of a step of a program that goes over rows without a product
 SLOTS, ADDED = 128, 16  # of a program that adds up tiles; tiles at once
@@ -282,7 +289,8 @@ def _by_hidden(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """by_h as h; the weighted activated rows [N, H]; <da', a>, [tiles, N]. Writes by_b1."""
     (E, Do, H), N = given.w2.shape, len(h)
-    tile, options = choose_tile(HIDDEN_GRADIENT, ((g, h), (given.w2,)), N, E)
+    columns = min(H, 128) if is_glu(activation) else H  # a wider tile of a gated unit would spill
+    tile, options = choose_tile(HIDDEN_GRADIENT, ((g, h), (given.w2,)), N, E, columns)
     row_tiles, column_tiles = tiles_of_rows(N, E, tile.block_m), triton.cdiv(H, tile.block_n)
     wide = 2 * H if is_glu(activation) else H
     by_h = torch.empty_like(h)
