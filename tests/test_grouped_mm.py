@@ -185,7 +185,7 @@ def test_sums_over_many_rows_are_float32(impl):
 def test_larger_than_every_tile(impl):
     # Rows, columns and depth in several pieces, each with a rest.
     op, device = impl
-    rows, M, K, C = (100, 66, 66, 66) if interpreted() else (1100, 150, 530, 270)
+    rows, M, K, C = (100, 66, 66, 130) if interpreted() else (1100, 150, 530, 270)
     for form in FORMS:
         operands = case_of(form, [rows, 30], M, K, C, device=device)
         assert_matches(op, operands)

@@ -29,7 +29,7 @@ from m2ae_kernels.triton._philox import Dropout, dropout, dropped
 from m2ae_kernels.triton._tiles import halves_of
 
 TILES: Table = {
-    ("16-bit", 0): (Tile(16, 64, 64, 4, 1), Tile(64, 64, 64, 4, 1)),
+    ("16-bit", 0): (Tile(16, 64, 64, 4, 1), Tile(64, 64, 64, 4, 1), Tile(64, 128, 64, 4, 1)),
     ("16-bit", 8): (
         Tile(16, 128, 64, 4, 4),
         Tile(32, 128, 64, 4, 4),
@@ -55,11 +55,11 @@ TILES: Table = {
         Tile(64, 128, 64, 4, 2),
         Tile(128, 128, 64, 8, 2),
     ),
-    ("odd 16-bit", 0): (Tile(16, 64, 64, 4, 1), Tile(64, 64, 64, 4, 1)),
+    ("odd 16-bit", 0): (Tile(16, 64, 64, 4, 1), Tile(64, 64, 64, 4, 1), Tile(64, 128, 64, 4, 1)),
     ("odd 16-bit", 8): (Tile(16, 64, 32, 4, 2), Tile(64, 64, 32, 8, 2)),
     ("tf32", 8): (Tile(16, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(128, 64, 32, 8, 3)),
     ("tf32", 12): (Tile(16, 64, 32, 4, 3), Tile(64, 64, 32, 8, 2)),
-    ("float32", 0): (Tile(16, 64, 64, 4, 1), Tile(64, 64, 64, 4, 1)),
+    ("float32", 0): (Tile(16, 64, 64, 4, 1), Tile(64, 64, 64, 4, 1), Tile(64, 128, 64, 4, 1)),
     ("float32", 8): (Tile(16, 64, 16, 4, 2), Tile(64, 64, 16, 4, 2)),
 }
 PART = tl.constexpr(64)  # columns of a product that are worked on together
@@ -251,7 +251,7 @@ def grouped_rows_kernel(
     if first < end:
         row = first + tl.arange(0, BLOCK_M)
         inside = row < end
-        live = inside & (group < E)
+        live = row < tl.where(group < E, end, 0)  # behind the last group there is no matrix
         present = live
         slot = row
         source = row
