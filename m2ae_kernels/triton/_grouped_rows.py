@@ -307,14 +307,13 @@ def multiply_rows(
     activation: int = IDENTITY,
     rounded: bool = True,
     dropping: Dropout | None = None,
-    table: Table = TILES,
 ) -> None:
-    """Write `out`, and h if it is there."""
+    """Write `out`, and h, [N, C or 2 C], if it is there; it is what `rounded` sums are."""
     (E, K, _), (N, C) = b.shape, out.shape[-2:]
     if out.numel() == 0:
         return
     rows = N if ends is not None else N * E
-    tile, options = choose_tile(table, ((a, out), (b,)), rows, E, b.shape[2])
+    tile, options = choose_tile(TILES, ((a, out), (b,)), rows, E, b.shape[2])
     width = tile.block_n // 2 if is_glu(activation) else tile.block_n
     row_tiles = E * triton.cdiv(N, tile.block_m)
     if ends is not None:

@@ -9,7 +9,7 @@ gradients by h (_expert_mlp_gradients.py), products over the rows of each expert
 Nothing waits for the device, and there are no atomics: the same inputs give the same bits.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from m2ae_kernels.ops._activations import IDENTITY, is_glu
 from m2ae_kernels.ops._expert_mlp_reference import AT_INPUT, AT_OUTPUT, NOWHERE
-from m2ae_kernels.ops._philox import HIDDEN, OUTPUT
 from m2ae_kernels.triton._activations import constants_of
 from m2ae_kernels.triton._device import is_interpreted, on_device
 from m2ae_kernels.triton._expert_mlp_gradients import (
@@ -26,20 +25,19 @@ from m2ae_kernels.triton._expert_mlp_gradients import (
     expert_output_gradient_kernel,
     router_gradient_kernel,
 )
+from m2ae_kernels.triton._expert_mlp_inputs import Inputs, inputs_of
 from m2ae_kernels.triton._float64 import reference_for_float64
 from m2ae_kernels.triton._grouped_depth import multiply_depth
-from m2ae_kernels.triton._grouped_rows import Gather, multiply_rows
+from m2ae_kernels.triton._grouped_rows import multiply_rows
 from m2ae_kernels.triton._grouped_sums import sum_groups
 from m2ae_kernels.triton._grouped_tiles import (
     STRIP,
     Table,
     Tile,
     choose_tile,
-    contiguous_or_none,
     lanes_of,
     tiles_of_rows,
 )
-from m2ae_kernels.triton._philox import Dropout, dropout
 
 # The product that makes gradients by h; more is held at its end than by others.
 HIDDEN_GRADIENT: Table = {
@@ -80,72 +78,6 @@ ROWS, COLUMNS = 64, 32  # of a step of a program that goes over rows without a p
 SLOTS, ADDED = 128, 16  # of a program that adds up tiles; tiles at once
 
 
-class _Inputs(NamedTuple):
-    """The arguments as kernels read them; of the routing R k slots, N sorted rows."""
-
-    x: Tensor  # [T, D]
-    w1: Tensor  # [E, H or 2 H, D], any strides
-    w2: Tensor  # [E, Do, H], any strides
-    topk_weights: Tensor  # [R, k]
-    b1: Tensor | None
-    b2: Tensor | None
-    shift: Tensor | None
-    sorted_ids: Tensor
-    inverse_ids: Tensor
-    ends: Tensor  # [E]
-    hidden: Dropout
-    output: Dropout
-    weight_at: int
-
-    @property
-    def gather(self) -> Gather:
-        """How rows of the experts' inputs are made of x."""
-        weights = self.topk_weights if self.weight_at == AT_INPUT else None
-        return Gather(self.sorted_ids, self.k, max(len(self.x), 1), True, True, self.shift, weights)
-
-    @property
-    def k(self) -> int:
-        return self.inverse_ids.shape[1]
-
-    @property
-    def output_weights(self) -> Tensor | None:
-        return self.topk_weights if self.weight_at == AT_OUTPUT else None
-
-
-def _inputs(
-    x: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    topk_weights: Tensor,
-    b1: Tensor | None,
-    b2: Tensor | None,
-    shift: Tensor | None,
-    seed: Tensor | None,
-    sorted_ids: Tensor,
-    inverse_ids: Tensor,
-    expert_offsets: Tensor,
-    dropout_p: float,
-    output_dropout_p: float,
-    weight_at: int,
-) -> _Inputs:
-    seed = contiguous_or_none(seed)
-    return _Inputs(
-        x.contiguous(),
-        w1,
-        w2,
-        topk_weights.contiguous(),
-        contiguous_or_none(b1),
-        contiguous_or_none(b2),
-        contiguous_or_none(shift),
-        sorted_ids.contiguous(),
-        inverse_ids.contiguous(),
-        expert_offsets.contiguous()[1:],
-        dropout(seed, dropout_p, HIDDEN),
-        dropout(seed, output_dropout_p, OUTPUT),
-        weight_at,
-    )
-
-
 @reference_for_float64
 def expert_mlp(
     x: Tensor,  # [T, D]
@@ -167,7 +99,7 @@ def expert_mlp(
     saves: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return out [R, Do], h [N, H or 2 H], y [N, Do]."""
-    given = _inputs(
+    given = inputs_of(
         x, w1, w2, topk_weights, b1, b2, shift, seed, sorted_ids, inverse_ids, expert_offsets,
         dropout_p, output_dropout_p, weight_at,
     )  # fmt: skip
@@ -219,7 +151,7 @@ def expert_mlp_backward(
     output_mask: list[bool],  # of x, w1, w2, topk_weights, b1, b2, shift
 ) -> tuple[Tensor, ...]:
     """Gradients of x, w1, w2, topk_weights, b1, b2, shift; empty where not asked for."""
-    given = _inputs(
+    given = inputs_of(
         x, w1, w2, topk_weights, b1, b2, shift, seed, sorted_ids, inverse_ids, expert_offsets,
         dropout_p, output_dropout_p, weight_at,
     )  # fmt: skip
@@ -258,7 +190,7 @@ def expert_mlp_backward(
 
 
 def _by_outputs(
-    given: _Inputs, grad: Tensor, y: Tensor, output_activation: int, by_b2: Tensor | None
+    given: Inputs, grad: Tensor, y: Tensor, output_activation: int, by_b2: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return g [N, Do], and what is known of gradients by weights, [N]; write by_b2."""
     (E, Do, _), N = given.w2.shape, len(given.sorted_ids)
@@ -280,7 +212,7 @@ def _by_outputs(
 
 
 def _by_hidden(
-    given: _Inputs,
+    given: Inputs,
     g: Tensor,  # [N, Do]
     h: Tensor,  # [N, H or 2 H]
     activation: int,
@@ -310,7 +242,7 @@ def _by_hidden(
     return by_h, a, shares
 
 
-def _by_weighted_inputs(given: _Inputs, by_u: Tensor) -> Tensor:
+def _by_weighted_inputs(given: Inputs, by_u: Tensor) -> Tensor:
     """Gradients by the weights of the inputs, [N]; weighs by_u, [N, D], in place."""
     N, D = by_u.shape
     by_weight = by_u.new_empty(N, dtype=torch.float32)
@@ -329,7 +261,7 @@ def _sums_of_slots(by_u: Tensor, inverse_ids: Tensor, rows: int) -> Tensor:
     return sums(by_u, None, inverse_ids, rows, by_u.shape[1], [True, False])[0]
 
 
-def _by_router(given: _Inputs, by_weight: Tensor, shares: Tensor | None, out: Tensor) -> None:
+def _by_router(given: Inputs, by_weight: Tensor, shares: Tensor | None, out: Tensor) -> None:
     """Gradients of the router weights, [R, k]."""
     if given.weight_at == NOWHERE:
         out.zero_()
