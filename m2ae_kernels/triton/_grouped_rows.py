@@ -100,7 +100,7 @@ def product_of_rows(
     for k0 in range(0, depth, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         in_depth = k < K
-        at_a = a_rows[:, None] + (k * a_depth)[None, :]
+        at_a = a_rows[:, None] + (k.to(tl.int64) * a_depth)[None, :]
         at_b = b_columns[None, :] + (k.to(tl.int64) * b_depth)[:, None]
         a = tl.load(at_a, mask=present[:, None] & in_depth[None, :], other=0.0)
         b = tl.load(at_b, mask=in_depth[:, None] & in_columns[None, :], other=0.0)

@@ -53,7 +53,6 @@ HIDDEN_GRADIENT: Table = {
         Tile(32, 128, 64, 4, 4),
         Tile(64, 128, 64, 4, 4),
         Tile(128, 128, 64, 8, 4),
-        Tile(128, 256, 64, 8, 3),
     ),
     ("16-bit", 10): (
         Tile(16, 128, 64, 4, 4),
@@ -221,8 +220,7 @@ def _by_hidden(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """by_h as h; the weighted activated rows [N, H]; <da', a>, [tiles, N]. Writes by_b1."""
     (E, Do, H), N = given.w2.shape, len(h)
-    columns = min(H, 128) if is_glu(activation) else H  # a wider tile of a gated unit would spill
-    tile, options = choose_tile(HIDDEN_GRADIENT, ((g, h), (given.w2,)), N, E, columns)
+    tile, options = choose_tile(HIDDEN_GRADIENT, ((g, h), (given.w2,)), N, E, H)
     row_tiles, column_tiles = tiles_of_rows(N, E, tile.block_m), triton.cdiv(H, tile.block_n)
     wide = 2 * H if is_glu(activation) else H
     by_h = torch.empty_like(h)
