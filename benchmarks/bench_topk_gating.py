@@ -21,6 +21,8 @@ from m2ae_kernels import topk_gating
 EXPERTS = ((8, 2), (12, 4), (64, 8), (256, 8))  # (E, k); the first two are those of M3-JEPA
 TOKENS = (1024, 16384, 65536)
 DIRECTIONS = ("forward", "both")
+# (T, E, k) on a GPU: of a thread each, of a warp each, and of a warp each in many turns
+GPU_SHAPES = ((65536, 12, 4), (8192, 256, 8), (262144, 256, 8))
 OURS = "m2ae_kernels"
 
 
@@ -73,7 +75,23 @@ def call(function, T, E, k, dtype, direction, device):
         weights, _, logsumexp, probs_sum, _ = function(logits, k)
         torch.autograd.backward([weights, logsumexp, probs_sum], grads)
 
+    def backward_of(outputs):
+        weights, _, logsumexp, probs_sum, _ = outputs
+        differentiated = [weights, logsumexp, probs_sum]
+
+        def backward():
+            return torch.autograd.grad(differentiated, logits, grads, retain_graph=True)
+
+        return backward
+
+    if direction == "backward":
+        return backward_of(function(logits, k))
     return {"forward": forward, "both": both}[direction]
+
+
+def bytes_of(T, E, k, size):
+    """Moved at least, by forward and by backward."""
+    return size * T * E + 8 * T * k + 4 * T, 2 * size * T * E + 8 * T * k + 4 * T
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -82,15 +100,29 @@ def call(function, T, E, k, dtype, direction, device):
 @pytest.mark.parametrize("E,k", EXPERTS)
 def bench_topk_gating(E, k, dtype, impl, direction, device, bench):
     """One number of tokens; the table over all is what this file prints as a program."""
-    T, size = 1024, dtype.itemsize
-    if device == "cuda":  # below, a launch takes longer than the kernel
-        T = 65536 if E <= 64 else 8192
-    forth = size * T * E + 8 * T * k + 4 * T
-    back = 2 * size * T * E + 8 * T * k + 4 * T
+    T = 1024
+    forth, back = bytes_of(T, E, k, dtype.itemsize)
     bench(
         f"topk_gating {direction} T={T} E={E} k={k} {dtype}",
         call(rows_on_any_device()[impl], T, E, k, dtype, direction, device),
         bytes_moved=forth if direction == "forward" else forth + back,
+        impl=impl,
+    )
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("impl", ["eager", OURS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("T,E,k", GPU_SHAPES)
+def bench_topk_gating_on_a_gpu(T, E, k, dtype, impl, direction, device, bench):
+    """What a GPU is busy with; of the CPU the table has the times."""
+    if device == "cpu":
+        pytest.skip("for GPUs")
+    forth, back = bytes_of(T, E, k, dtype.itemsize)
+    bench(
+        f"topk_gating {direction} T={T} E={E} k={k} {dtype}",
+        call(rows_on_any_device()[impl], T, E, k, dtype, direction, device),
+        bytes_moved=forth if direction == "forward" else back,
         impl=impl,
     )
 

@@ -21,7 +21,7 @@ def loop(x, w1, w2, weights, b1, b2, routing):
     k, E = weights.shape[1], len(w1)
     sorted_ids, offsets = routing.sorted_ids.long(), routing.expert_offsets.tolist()
     tokens = sorted_ids // k
-    flat = weights.flatten()
+    flat = weights.flatten().to(x.dtype)  # index_add takes one dtype
     out = x.new_zeros(len(x), w2[0].shape[0])
     for e in range(E):
         begin, end = offsets[e], offsets[e + 1]
@@ -58,7 +58,7 @@ def torch_grouped_mm(x, w1, w2, weights, b1, b2, routing):
     h = product(x[sorted_ids // k], w1.mT, offs) + b1[expert]
     y = product(F.gelu(h), w2.mT, offs) + b2[expert]
     of_slots = y[routing.inverse_ids.long().flatten()].view(*weights.shape, -1)
-    return (of_slots * weights[..., None]).sum(1)
+    return (of_slots * weights[..., None]).sum(1).to(x.dtype)
 
 
 def all_experts(x, w1, w2, weights, b1, b2, routing):
@@ -69,4 +69,4 @@ def all_experts(x, w1, w2, weights, b1, b2, routing):
     ids = torch.empty_like(routing.sorted_ids)
     ids[routing.sorted_ids.long()] = expert_of_row(routing).to(ids.dtype)
     index = ids.view(-1, k, 1).long().expand(-1, -1, y.shape[2])
-    return (y.gather(1, index) * weights[..., None]).sum(1)
+    return (y.gather(1, index) * weights[..., None]).sum(1).to(x.dtype)

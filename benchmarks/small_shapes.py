@@ -121,11 +121,39 @@ def grouped_products() -> None:
             m2ae_kernels.grouped_mm(mat_a, mat_b, offs=offs, a_ids=ids).sum().backward()
 
 
+def gating() -> None:
+    """Rows of a thread and of a warp, aligned and not, every score, streams, masks, groups."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for T, E, k in ((1, 1, 1), (33, 7, 7), (700, 12, 4), (130, 32, 8), (37, 65, 40)):
+            gate(torch.randn(T, E, device="cuda").to(dtype), k)
+        for T, E, k in ((33, 256, 8), (5, 510, 3), (9, 1024, 64)):
+            gate(torch.randn(T, E, device="cuda").to(dtype), k, n_group=2, topk_group=1)
+
+
+def gate(logits: torch.Tensor, k: int, **groups: int) -> None:
+    T, E = logits.shape
+    mask = torch.rand(T, device="cuda") < 0.9
+    shift = torch.randn(2, E, device="cuda", requires_grad=True)
+    logits.requires_grad_()
+    for score in ("softmax", "sigmoid", "sqrtsoftplus"):
+        for given in (
+            {},
+            {"logit_shift": shift, "token_mask": mask},
+            {"expert_bias": torch.randn(E, device="cuda"), "norm_topk_prob": True, **groups},
+        ):
+            output = m2ae_kernels.topk_gating(
+                logits, k, score_function=score, return_entropy=True, return_probs_sum=True, **given
+            )
+            loss = output.topk_weights.square().sum() + output.entropy.sum()
+            (loss + output.logsumexp.sum() + output.probs_sum.square().sum()).backward()
+
+
 if __name__ == "__main__":
     ema_update()
     contrastive_losses()
     experts()
     expert_layers()
     grouped_products()
+    gating()
     torch.cuda.synchronize()
     print("all kernels launched")

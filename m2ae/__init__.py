@@ -6,10 +6,11 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from m2ae.config import M2AEConfig
+    from m2ae.config import ConnectorConfig, M2AEConfig
+    from m2ae.models.connector import MoEConnector
     from m2ae.models.m2ae import M2AE
 
-__all__ = ["M2AE", "M2AEConfig", "__version__"]
+__all__ = ["M2AE", "ConnectorConfig", "M2AEConfig", "MoEConnector", "__version__"]
 __version__ = "0.1.0"
 
 
@@ -18,10 +19,14 @@ def __getattr__(name: str) -> Any:
         from m2ae.models.m2ae import M2AE
 
         return M2AE
-    if name == "M2AEConfig":
-        from m2ae.config import M2AEConfig
+    if name == "MoEConnector":
+        from m2ae.models.connector import MoEConnector
 
-        return M2AEConfig
+        return MoEConnector
+    if name in ("ConnectorConfig", "M2AEConfig"):
+        from m2ae import config
+
+        return getattr(config, name)
     raise AttributeError(f"module 'm2ae' has no attribute {name!r}")
 
 

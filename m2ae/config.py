@@ -1,7 +1,8 @@
-"""Every choice that makes one M2AE differ from another, one line each.
+"""Every choice that makes one model differ from another, one line each.
 
-`M2AEConfig` is what a saved model's config.json holds. The defaults are the preset `m2ae_base`;
-`m2ae_spec` is the architecture to the letter (no transformer blocks), `m2ae_tiny` trains on a CPU.
+`M2AEConfig` is what a saved M2AE's config.json holds, `ConnectorConfig` that of a MoEConnector. The
+defaults of M2AEConfig are the preset `m2ae_base`; `m2ae_spec` is the architecture to the letter (no
+transformer blocks), `m2ae_tiny` trains on a CPU. Those of ConnectorConfig are M3-JEPA's.
 """
 
 import json
@@ -15,6 +16,8 @@ from m2ae import dataclass_io
 TokenHeadKind = Literal["positional", "linear"]
 TokenActivation = Literal["none", "gelu"]
 Masking = Literal["bernoulli", "fixed_ratio", "multiblock"]
+PredictionLoss = Literal["smooth_l1", "squared_norm"]
+SameItem = Literal["positive", "ignore", "negative"]
 
 
 def _check(config: object, name: str, is_right: bool, expected: str) -> None:
@@ -207,3 +210,62 @@ class M2AEConfig:
             known = dataclass_io.hint(name, files)
             raise ValueError(f"M2AEConfig.preset: expected a preset's name, got {name!r}; {known}")
         return cls.from_dict(json.loads(files[name].read_text(encoding="utf-8")))
+
+
+@dataclass(frozen=True)
+class ConnectorConfig:
+    """A mixture-of-experts connector between the latents of modalities."""
+
+    dims: dict[str, int]  # channels of each modality's latents; two modalities or more
+    hidden_size: int = 2048  # channels of the common space, of the experts and of the queries
+    num_experts: int = 12  # experts, of two layers of hidden_size each
+    top_k: int = 4  # experts per token and task
+    dropout: float = 0.1  # behind both layers of an expert, in [0, 1)
+    norm_topk_prob: bool = False  # whether the k weights of a token are made to sum to 1
+
+    def __post_init__(self) -> None:
+        _check(self, "dims", len(self.dims) >= 2, "two modalities or more")
+        _check(self, "dims", min(self.dims.values()) >= 1, "1 channel or more each")
+        # Names become parts of parameter names, and "a_to_b" is the name of a direction.
+        is_name = all(name.isidentifier() and "_to_" not in name for name in self.dims)
+        _check(self, "dims", is_name, "names of letters, digits and _, without '_to_'")
+        _check(self, "hidden_size", self.hidden_size >= 1, "1 channel or more")
+        _check(self, "num_experts", self.num_experts >= 1, "1 expert or more")
+        is_share = 1 <= self.top_k <= self.num_experts
+        _check(self, "top_k", is_share, f"1 to num_experts = {self.num_experts}")
+        _check(self, "dropout", 0 <= self.dropout < 1, "a share in [0, 1)")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as nested dictionaries and lists; `from_dict` gives an equal one back."""
+        return dataclass_io.to_dict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "ConnectorConfig":
+        """Build and check a config from a dictionary; see `m2ae.dataclass_io.from_dict`.
+
+        Args:
+            data: one key per field; what is left out has its default.
+
+        Returns:
+            The config.
+
+        Raises:
+            ValueError: `dims` is missing, a key is unknown (the nearest one is named) or a value is
+                out of range.
+            TypeError: a value has another type than its field.
+        """
+        return dataclass_io.from_dict(cls, data)
+
+
+@dataclass(frozen=True)
+class ConnectorLossConfig:
+    """What a connector is trained for: alpha * prediction + (1 - alpha) * contrast."""
+
+    alpha: float = 0.5  # share of the prediction term, in [0, 1]; a term of share 0 is not computed
+    pred_loss: PredictionLoss = "smooth_l1"  # mean smooth-L1, or mean squared norm of the error
+    temperature: float = 0.03  # of the softmax over cosine similarities, fixed
+    same_item: SameItem = "positive"  # what another row of a batch with the same latent is
+
+    def __post_init__(self) -> None:
+        _check(self, "alpha", 0 <= self.alpha <= 1, "a share in [0, 1]")
+        _check(self, "temperature", self.temperature >= 1e-6, "1e-6 or more")

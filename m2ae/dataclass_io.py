@@ -151,7 +151,9 @@ def _fact(value: Any) -> str:
 def _cure(value: Any, kind: Any) -> str:
     if kind is float and isinstance(value, str):
         try:
-            return f"; write {float(value)!r}: YAML reads numbers like 1e-3 as text"
+            number = repr(float(value))
+            number = number if "." in number else number.replace("e", ".0e")  # 1e-05, too
+            return f"; write {number}: YAML reads numbers like 1e-3 as text"
         except ValueError:
             return ""
     return ""

@@ -32,3 +32,12 @@ class M2AEOutput:
     losses: dict[str, Tensor]  # raw terms, 0-d float32: recon_image, recon_text, jepa, align, ...
     latents: Latents
     reconstructions: dict[str, Tensor] = field(default_factory=dict)  # from the joint latent
+
+
+@dataclass
+class ConnectorOutput:
+    """What a connector makes of one modality's latents for another modality."""
+
+    prediction: Tensor  # [B, d_target] of the target's latent, pooled
+    query: Tensor  # [B, d] to compare with keys of the target by cosine
+    routing: dict[str, Tensor]  # of both tasks: logsumexp, entropy, probs_sum, tokens_per_expert

@@ -6,6 +6,7 @@
 
 import functools
 import hashlib
+import os
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,11 @@ FLAGS = ["-std=c++20", "-O1", "-g0", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-
 FLAGS += ["-fvisibility=hidden", "-DM2AE_EMU", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # A CUDA torch has loaded the real runtime: our own functions must win all the same.
 LINK = ["-shared", "-Wl,-Bsymbolic"]
+
+
+def shuffled():
+    """Whether this test runs the emulator in the order that takes ten times as long."""
+    return "[emulated-shuffle" in os.environ["PYTEST_CURRENT_TEST"]
 
 
 def compile_library(sources: list[Path], folder: Path, libraries: list[str]) -> Path:

@@ -3,6 +3,7 @@
 import torch
 from torch.nn import functional as F
 
+from m2ae_kernels.ops._activations import ACTIVATIONS
 from m2ae_kernels.ops._moe_routing import MoERouting
 from m2ae_kernels.ops._philox import HIDDEN, OUTPUT, dropout_factors
 
@@ -68,6 +69,13 @@ def case_of(T, D, H, Do, E, k, *, device="cpu", dtype=torch.float32, S=None, act
     return inputs, ids.to(device=device, dtype=torch.int32)
 
 
+def registered_arguments(inputs, routing, *, activation, output_activation, p, at, device):
+    seed = torch.tensor(SEED, device=device)
+    order = (routing.sorted_ids, routing.inverse_ids, routing.expert_offsets)
+    options = (ACTIVATIONS.index(activation), ACTIVATIONS.index(output_activation), p, p, at)
+    return *(inputs[name] for name in NAMES), seed, *order, *options
+
+
 def formula(inputs, ids, inverse_ids, *, activation="gelu", output_activation="identity", **more):
     """All experts on all rows, one slot after the other, in float64: [R, Do]."""
     x, w1, w2, weights, b1, b2, shift = (
@@ -129,10 +137,10 @@ def gradients(out, inputs, upstream):
 
 # Relative error of a tensor, by norms. Sums of up to a few hundred products, and two layers of
 # them, err by some 2^-24 times the root of that number. For 16 bits, h is rounded to 2^-9 or 2^-12
-# of its value, as is the result: 2^-8 together where neither is amplified; derivatives of
-# activations have slopes up to 2, and both enter products. Kernels whose products take 16 bits
-# round what goes from one to the next, too: the rounding errors of up to six numbers in a row, of
-# random signs, are 2^-9 sqrt(6) together, and twice that behind a slope of 2: less than 2^-6.
+# of its value, as is the result; bfloat16 products also round u, a and the gradients by h and y.
+# Five roundings of 2^-9 at most, of which a gradient sees each once, are 2^-6.7; they do not all
+# point the same way, which leaves room for derivatives of activations, of slopes up to 2, and, on
+# CUDA, for one more, of what each slot adds to a token: six of random signs are 2^-9 sqrt(6).
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 
 

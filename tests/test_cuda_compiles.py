@@ -9,6 +9,8 @@ import pytest
 from torch.utils import cpp_extension
 
 MAX_REGISTERS = 64  # 4 blocks of 256 threads per multiprocessor
+# Threads that hold 32 numbers; the shared memory of those rows has no room for more threads.
+MORE_REGISTERS = {"topk_gating": 96, "topk_gating_backward": 96}
 SOURCES = pytest.mark.parametrize("source", cuda_toolkit.KERNELS, ids=lambda path: path.name)
 
 
@@ -20,7 +22,7 @@ def test_kernel_does_not_spill(source, arch, tmp_path, report):
     for name, stack, spilled, registers in resources(source, arch, tmp_path / "kernel.o"):
         report(f"sm_{arch:5}{name}: {registers} registers, {spilled} bytes spilled")
         assert (stack, spilled) == (0, 0), name
-        assert registers <= MAX_REGISTERS, name
+        assert registers <= MORE_REGISTERS.get(source.stem, MAX_REGISTERS), name
 
 
 def resources(source, arch, compiled):

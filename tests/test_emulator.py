@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(
     not cuda_toolkit.HAS_HEADERS, reason="needs the CUDA headers and g++"
 )
 BLOCKS, THREADS = 5, 96
-RIGHT, NO_BARRIER, SHUFFLES, DIVERGING, ZEROS, TOO_LARGE, VOTES = range(7)
+RIGHT, NO_BARRIER, SHUFFLES, DIVERGING, ZEROS, TOO_LARGE, VOTES, LARGEST = range(8)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,8 @@ def library(request):
 def run(library, monkeypatch):
     def run(kernel, order):
         monkeypatch.setenv("M2AE_EMU_ORDER", order)
-        x, sums = torch.rand(BLOCKS, THREADS), torch.zeros(THREADS if kernel == VOTES else BLOCKS)
+        of_threads = kernel in (VOTES, LARGEST)
+        x, sums = torch.rand(BLOCKS, THREADS), torch.zeros(THREADS if of_threads else BLOCKS)
         pointers = ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(sums.data_ptr())
         library.selftest(kernel, *pointers, BLOCKS)
         return x.sum(1), sums, library.selftest_error().decode()
@@ -63,6 +64,14 @@ def test_votes_of_lanes_that_have_ended_count(order, run):
     _, votes, error = run(VOTES, order)
     assert error == ""
     assert (votes == 32).all()
+
+
+@pytest.mark.parametrize("order", emulator.ORDERS)
+def test_the_largest_number_of_a_warp(order, run):
+    _, largest, error = run(LARGEST, order)
+    assert error == ""
+    of_warps = (torch.arange(THREADS) * 7919 % 97).view(-1, 32).amax(1)
+    assert_close(largest, of_warps.float().repeat_interleave(32))
 
 
 def test_fresh_shared_memory_is_not_zero(run):

@@ -20,7 +20,7 @@ from m2ae_kernels.ops._activations import ACTIVATIONS
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (T, D, H, Do, E, k): no tokens, one of everything, k = E, no multiple of a vector or a tile,
 # more rows per expert than a block of any kernel has, hidden channels in several panels that two
-# workers share, experts that nobody chose
+# workers share, experts that nobody chose; even D, H and Do, of which bfloat16 products are made
 SHAPES = [
     (0, 5, 4, 3, 2, 1),
     (1, 1, 1, 1, 1, 1),
@@ -28,6 +28,7 @@ SHAPES = [
     (33, 43, 67, 37, 5, 2),
     (300, 24, 40, 24, 3, 2),
     (530, 20, 600, 9, 2, 1),
+    (1300, 34, 310, 18, 2, 1),
     (2, 10, 103, 17, 12, 4),
 ]
 

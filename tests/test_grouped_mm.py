@@ -189,6 +189,12 @@ def test_larger_than_every_tile(impl):
     for form in FORMS:
         operands = case_of(form, [rows, 30], M, K, C, device=device)
         assert_matches(op, operands)
+        if not interpreted():
+            # Multiples of a vector, so that products read and write in place, but for rests of rows
+            operands = case_of(
+                form, [1100, 36], 150, 560, 288, tail=16, device=device, biased=False
+            )
+            assert_matches(op, operands)
         if form[2] == "3":
             operands = case_of(form, [rows, 30], M, K, 2 * C, device=device)
             assert_matches(op, operands, activation="swiglu")

@@ -62,7 +62,8 @@ def test_docstring_tells_the_contract(op):
 
 @pytest.mark.parametrize("files", ["csrc/cuda/*.cu", "m2ae_kernels/triton/*.py"])
 def test_kernel_belongs_to_an_op(files):
-    assert names(files) <= set(BASENAMES.values())
+    # An op's backward may have a file of its own.
+    assert {name.removesuffix("_backward") for name in names(files)} <= set(BASENAMES.values())
 
 
 @pytest.mark.parametrize("kernel", sorted(names("csrc/cpu/*_kernel.h")))

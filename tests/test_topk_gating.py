@@ -13,11 +13,13 @@ The cases a gate gets wrong, and the tests that hold them, in the files of these
     entropy, z and balance loss     test_entropy_at_its_ends, test_switch_balance_loss,
                                     test_masked_tokens, test_gradients (each output alone)
     groups                          test_topk_gating_groups.py
+    rows and logits beyond limits   test_topk_gating_large.py; of a GPU, test_topk_gating_gpu.py
     strides, axes, dtypes, modes    test_strides_and_modes, test_leading_axes_are_tokens
 """
 
 import math
 
+import emulator
 import pytest
 import torch
 from topk_gating_cases import ALL, DTYPES, assert_outputs, differentiable, exact
@@ -179,7 +181,9 @@ def test_every_number_of_experts(E, impl):
     op, device = impl
     # Quarters: the stable sort has ties to break all along. 17 rows are a full block and one more.
     logits = torch.randint(-20, 20, (17, E), device=device) / 4
-    for k in sorted({k for k in (1, 2, 3, 4, 6, 8, 16, E) if k <= E}):
+    # Shuffled threads take ten times as long, which matters where a warp takes 1024 turns.
+    most = (2, 40) if emulator.shuffled() and E > 128 else (1, 2, 3, 4, 6, 8, 16, E)
+    for k in sorted({k for k in most if k <= E}):
         assert_outputs(op(logits, k, **ALL), exact(logits, k))
 
 

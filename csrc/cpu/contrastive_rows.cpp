@@ -99,7 +99,7 @@ void PackedRows::pack(int64_t t) {
   const bool is_float = operand_ == Operand::kFloat32;
   if (!is_float) std::fill(&factors_[end], &factors_[begin] + rows_of_tile, 0.0f);
   if (forms_.rows_b && !is_float)
-    kernel.pair_rows(first, rows_of_tile, depth_, const_cast<char*>(rows_b(begin)));
+    kernel.pair_rows(first, depth_, rows_of_tile, depth_, const_cast<char*>(rows_b(begin)));
   if (forms_.transposed_a) {
     char* const to = const_cast<char*>(transposed_a(t));
     const auto transpose = is_float ? kernel.transpose32 : kernel.transpose16;

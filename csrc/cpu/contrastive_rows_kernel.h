@@ -67,12 +67,12 @@ void transpose_kernel(
       }
 }
 
-// to [rows / 2, n, 2] <- from [rows, n]: two rows in turn.
-inline void pair_rows_kernel(const void* from, int64_t rows, int64_t n, void* to) {
+// to [rows / 2, n, 2] <- from [rows, n], ld apart: two rows in turn.
+inline void pair_rows_kernel(const void* from, int64_t ld, int64_t rows, int64_t n, void* to) {
   const auto* const x = static_cast<const uint16_t*>(from);
   auto* const y = static_cast<uint32_t*>(to);
   for (int64_t i = 0; i < rows; i += 2) {
-    const uint16_t *first = x + i * n, *second = first + n;
+    const uint16_t *first = x + i * ld, *second = first + ld;
     uint32_t* const pairs = y + i / 2 * n;
 #pragma omp simd
     for (int64_t d = 0; d < n; ++d) pairs[d] = first[d] | uint32_t(second[d]) << 16;

@@ -24,22 +24,24 @@ constexpr int64_t kMaxGroups = 64;
 
 // One worker's memory.
 struct Scratch {
-  Buffer<float> rows, inputs;      // [kBlock, D] and transposed
-  Buffer<float> h, up, a, turned;  // [kPanel, kBlock], and transposed
-  Buffer<float> y, outputs;        // [Do, kBlock] and transposed
+  Buffer<float> rows, packed_rows, inputs;   // [kBlock, D], and transposed
+  Buffer<float> h, up, a, packed_a, turned;  // [kPanel, kBlock], and transposed
+  Buffer<float> y, outputs;                  // [Do, kBlock] and transposed
   Buffer<float> weights, bias, sums;
   int32_t slots[kBlock];
 
   Scratch(const ExpertMlp& mlp, int64_t rows_of_group)
-      : rows(kBlock * in_lanes(mlp.D)),
-        inputs(kBlock * in_lanes(mlp.D)),
+      : rows(kBlock * in_pairs(mlp.D)),
+        packed_rows(mlp.packed(rows.size())),
+        inputs(rows.size()),
         h(kPanel * kBlock),
         up(mlp.gated ? kPanel * kBlock : 0),
         a(kPanel * kBlock),
+        packed_a(mlp.packed(a.size())),
         turned(kPanel * kBlock),
         y(kBlock * in_lanes(mlp.Do)),
         outputs(kBlock * in_lanes(mlp.Do)),
-        weights(mlp.element == Element::kFloat32 ? 0 : kPanel * std::max(mlp.D, mlp.Do)),
+        weights(mlp.packed_weights(kPanel * std::max(mlp.D, mlp.Do))),
         bias(std::max(kPanel, mlp.Do)),
         sums(mlp.element == Element::kFloat32 ? 0 : rows_of_group * mlp.Do) {}
 };
@@ -61,7 +63,8 @@ class Forward {
     share_out(
         groups,
         [&] { return Scratch(mlp_, rows_of_group); },
-        [&](Scratch& scratch, int64_t g) { group(scratch, segments, g); });
+        [&](Scratch& scratch, int64_t g) { group(scratch, segments, g); },
+        mlp_.operand);
   }
 
  private:
@@ -89,11 +92,12 @@ class Forward {
   void block(
       Scratch& scratch, int64_t e, const int32_t* rows, int64_t m, int64_t first, float* sums) {
     const int64_t D = mlp_.D, Do = mlp_.Do, H = mlp_.H;
-    const int64_t columns = in_lanes(m), ld = in_lanes(D);
+    const int64_t columns = in_lanes(m), ld = in_pairs(D);
     float* const gathered = scratch.rows.data();
     std::fill_n(gathered, columns * ld, 0.0f);
     mlp_.gather(rows, m, mlp_.weight_at == WeightAt::kInput, gathered, ld);
-    kernels().transpose32(gathered, ld, columns, ld, scratch.inputs.data(), columns);
+    const void* const packed = mlp_.left(gathered, columns, ld, scratch.packed_rows.data());
+    mlp_.turn_right(packed, columns, ld, scratch.inputs.data());
     for (int64_t i = 0; i < columns; ++i) scratch.slots[i] = i < m ? mlp_.slot(rows[i]) : 0;
     for (int64_t h0 = 0; h0 < H; h0 += kPanel) {
       const int64_t n = std::min(kPanel, H - h0);
@@ -103,19 +107,10 @@ class Forward {
       kernels().activate[mlp_.activation](scratch.h.data(), scratch.up.data(), n * columns, a);
       if (mlp_.hidden.threshold > 0)
         kernels().dropout_columns(mlp_.hidden, scratch.slots, h0, a, n, columns);
-      const Floats::Matrix w2 = mlp_.w2.matrix(e * Do * H + h0, Do, n, H, scratch.weights.data());
-      gemm(
-          Operand::kFloat32,
-          Do,
-          columns,
-          n,
-          w2.data,
-          w2.ld,
-          a,
-          columns,
-          h0 > 0,
-          scratch.y.data(),
-          columns);
+      const auto w2 = mlp_.left(mlp_.w2, e * Do * H + h0, Do, n, H, scratch.weights.data());
+      const auto of_a = mlp_.right(a, n, columns, columns, scratch.packed_a.data());
+      float* const y = scratch.y.data();
+      gemm(mlp_.operand, Do, columns, n, w2.data, w2.ld, of_a.data, columns, h0 > 0, y, columns);
     }
     const int64_t ld_y = in_lanes(Do);
     // What lies behind the last row of y is turned with it, and not read.
@@ -130,9 +125,9 @@ class Forward {
   void layer(
       Scratch& scratch, int64_t e, int64_t c, int64_t n, const int32_t* rows, int64_t m, float* h) {
     const int64_t D = mlp_.D, wide = mlp_.wide(), columns = in_lanes(m);
-    const Floats::Matrix w1 = mlp_.w1.matrix((e * wide + c) * D, n, D, D, scratch.weights.data());
+    const auto w1 = mlp_.left(mlp_.w1, (e * wide + c) * D, n, D, D, scratch.weights.data());
     const float* const inputs = scratch.inputs.data();
-    gemm(Operand::kFloat32, n, columns, D, w1.data, w1.ld, inputs, columns, false, h, columns);
+    gemm(mlp_.operand, n, columns, D, w1.data, w1.ld, inputs, columns, false, h, columns);
     if (mlp_.b1)
       kernels().add_to_rows(h, n, columns, mlp_.b1.read(e * wide + c, n, scratch.bias.data()));
     kernels().round_to[int(mlp_.element)](h, n * columns);

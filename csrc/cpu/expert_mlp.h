@@ -30,6 +30,11 @@ inline int64_t in_lanes(int64_t size) {
   return (size + kLanes - 1) / kLanes * kLanes;
 }
 
+// The same for rows that are transposed as pairs of bfloat16.
+inline int64_t in_pairs(int64_t size) {
+  return (size + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
+}
+
 // A dense tensor of one of the floating types, read as float32.
 struct Floats {
   Tensor tensor;  // contiguous
@@ -81,6 +86,9 @@ class ExpertMlp {
   int64_t activation, output_activation;
   WeightAt weight_at;
   Element element;
+  // What products are made of: bfloat16 if the inputs are, this machine multiplies it, and D, H and
+  // Do are even, since such products take their depth in pairs. Sums are float32 either way.
+  Operand operand;
   Floats x, w1, w2, b1, b2, shift;
   Dropout hidden, output;
 
@@ -104,6 +112,27 @@ class ExpertMlp {
   // to [n, ld] <- x[t] + shift[s] of `rows` sorted rows, times the router weight if `weighted`.
   void gather(const int32_t* rows, int64_t n, bool weighted, float* to, int64_t ld) const;
 
+  // An operand of gemm().
+  struct Packed {
+    const void* data;
+    int64_t ld;
+  };
+  // Elements i on of weights, `rows` of n each, ld apart, as A or B of a product: where they lie,
+  // or in `scratch`, of packed_weights(rows * n) floats.
+  Packed left(
+      const Floats& weights, int64_t i, int64_t rows, int64_t n, int64_t ld, float* scratch) const;
+  Packed right(
+      const Floats& weights, int64_t i, int64_t rows, int64_t n, int64_t ld, float* scratch) const;
+  int64_t packed_weights(int64_t n) const { return element == Element::kFloat32 ? 0 : n; }
+  // float32 `from` [rows, ld], ld as of in_pairs(), as A, with the same ld; bfloat16 in `to`.
+  const void* left(const float* from, int64_t rows, int64_t ld, void* to) const;
+  // `from` [rows, n], ld apart, as B, with n as its ld; where it lies if that is what it is.
+  Packed right(const float* from, int64_t rows, int64_t n, int64_t ld, void* to) const;
+  // What left() made of [rows, ld], transposed: as A [ld, rows], or as B.
+  void turn_left(const void* from, int64_t rows, int64_t ld, void* to) const;
+  void turn_right(const void* from, int64_t rows, int64_t ld, void* to) const;
+  int64_t packed(int64_t n) const { return operand == Operand::kFloat32 ? 0 : n / 2; }  // floats
+
  private:
   Tensor topk_weights_, sorted_, inverse_, offsets_;  // keep the memory
   const float* weights_;
@@ -112,14 +141,15 @@ class ExpertMlp {
 
 // run(worker, task) for each task in [0, tasks), on all threads; make() is a worker's scratch.
 template <typename Make, typename Run>
-void share_out(int64_t tasks, const Make& make, const Run& run) {
+void share_out(
+    int64_t tasks, const Make& make, const Run& run, Operand operand = Operand::kFloat32) {
   std::atomic<int64_t> next = 0;
   const auto work = [&](int64_t begin, int64_t end) {
     for (int64_t w = begin; w < end; ++w) {
       if (next >= tasks) return;
       auto scratch = make();
       for (int64_t task; (task = next++) < tasks;) run(scratch, task);
-      gemm_release(Operand::kFloat32);
+      gemm_release(operand);
     }
   };
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tasks);

@@ -105,6 +105,9 @@ ExpertMlp::ExpertMlp(const ExpertArguments& given) {
   w1 = Floats("w1", given.w1, {E, wide(), D});
   w2 = Floats("w2", given.w2, {E, Do, H});
   element = x.element;
+  const bool is_even = D % 2 == 0 && H % 2 == 0 && Do % 2 == 0;
+  operand = element == Element::kBFloat16 && is_even && has_bfloat16_gemm() ? Operand::kBFloat16
+                                                                            : Operand::kFloat32;
   if (given.b1) b1 = Floats("b1", *given.b1, {E, wide()});
   if (given.b2) b2 = Floats("b2", *given.b2, {E, Do});
   if (given.shift) shift = Floats("shift", *given.shift, {S, D});
@@ -156,6 +159,43 @@ void ExpertMlp::gather(const int32_t* rows, int64_t n, bool weighted, float* to,
       for (int64_t d = 0; d < D; ++d) row[d] *= w;
     }
   }
+}
+
+ExpertMlp::Packed ExpertMlp::left(
+    const Floats& weights, int64_t i, int64_t rows, int64_t n, int64_t ld, float* scratch) const {
+  if (operand == Operand::kBFloat16) return {weights.at(i), ld};
+  const Floats::Matrix matrix = weights.matrix(i, rows, n, ld, scratch);
+  return {matrix.data, matrix.ld};
+}
+
+ExpertMlp::Packed ExpertMlp::right(
+    const Floats& weights, int64_t i, int64_t rows, int64_t n, int64_t ld, float* scratch) const {
+  if (operand == Operand::kFloat32) return left(weights, i, rows, n, ld, scratch);
+  kernels().pair_rows(weights.at(i), ld, rows, n, scratch);
+  return {scratch, n};
+}
+
+const void* ExpertMlp::left(const float* from, int64_t rows, int64_t ld, void* to) const {
+  if (operand == Operand::kFloat32) return from;
+  kernels().cast[int(Element::kFloat32)][int(Element::kBFloat16)](from, to, rows * ld);
+  return to;
+}
+
+ExpertMlp::Packed ExpertMlp::right(
+    const float* from, int64_t rows, int64_t n, int64_t ld, void* to) const {
+  if (operand == Operand::kFloat32) return {from, ld};
+  kernels().pair_floats(from, ld, rows, n, to);
+  return {to, n};
+}
+
+void ExpertMlp::turn_left(const void* from, int64_t rows, int64_t ld, void* to) const {
+  const auto turn = operand == Operand::kFloat32 ? kernels().transpose32 : kernels().transpose16;
+  turn(from, ld, rows, ld, to, rows);
+}
+
+void ExpertMlp::turn_right(const void* from, int64_t rows, int64_t ld, void* to) const {
+  const int64_t units = operand == Operand::kFloat32 ? ld : ld / 2;  // pairs go together
+  kernels().transpose32(from, units, rows, units, to, rows);
 }
 
 }  // namespace m2ae::cpu

@@ -2,7 +2,7 @@
 // m2ae_kernels/ops/expert_mlp.py
 //
 // A worker takes an expert, or one of `splits` equal parts of its hidden channels where there are
-// few experts, and all of its rows in blocks of kBlock, in their order: so the gradients of weights
+// few experts, and all of its rows in blocks, in their order: so the gradients of weights
 // are sums of one worker each, and no result depends on the number of threads. What the rows of x
 // get from it goes to [splits, N, D] in float32, and is then summed token by token.
 #include <torch/csrc/stable/library.h>
@@ -16,7 +16,6 @@
 namespace m2ae::cpu {
 namespace {
 
-constexpr int64_t kBlock = BackwardScratch::kBlock;
 constexpr int64_t kPanel = BackwardScratch::kPanel;
 constexpr int64_t kTasks = 8;       // experts times splits, at least, if H allows
 constexpr int64_t kTokenTask = 64;  // tokens whose gradients are summed together
@@ -32,17 +31,18 @@ class Backward {
       const Floats& y)
       : mlp_(mlp),
         needs_(needs),
-        grad_(grad),
-        h_(h),
-        y_(y),
+        blocks_(mlp, needs, grad, h, y),
         segments_(mlp.segments(1)),
+        block_(BackwardScratch::block_of(mlp)),
         splits_(std::max<int64_t>(std::min((kTasks + mlp.E - 1) / mlp.E, mlp.H / (2 * kPanel)), 1)),
-        w1(mlp.w1.tensor, {mlp.E, mlp.wide(), mlp.D}, needs.w1, mlp.element),
-        w2(mlp.w2.tensor, {mlp.E, mlp.Do, mlp.H}, needs.w2, mlp.element),
-        b1(mlp.w1.tensor, {mlp.E, mlp.wide()}, needs.b1, mlp.element),
-        b2(mlp.w1.tensor, {mlp.E, mlp.Do}, needs.b2, mlp.element),
+        of_b1_(needs.b1 ? mlp.E * mlp.wide() : 0),
+        of_b2_(needs.b2 ? mlp.E * mlp.Do : 0),
         by_rows_(needs.rows() ? splits_ * mlp.N * mlp.D : 0),
-        by_weight_(splits_ * mlp.N) {}
+        by_weight_(splits_ * mlp.N),
+        w1(gradient(needs.w1, {mlp.E, mlp.wide(), mlp.D})),
+        w2(gradient(needs.w2, {mlp.E, mlp.Do, mlp.H})),
+        b1(gradient(needs.b1, {mlp.E, mlp.wide()})),
+        b2(gradient(needs.b2, {mlp.E, mlp.Do})) {}
 
   void run() {
     std::vector<int64_t> order(mlp_.E * splits_);  // the longest first, so that none is left over
@@ -53,12 +53,15 @@ class Backward {
     std::stable_sort(order.begin(), order.end(), [&](int64_t one, int64_t other) {
       return rows_of(one) > rows_of(other);
     });
+    for (int64_t q = 0; q < splits_; ++q)
+      most_channels_ = std::max(most_channels_, first_of(q + 1) - first_of(q));
     share_out(
         int64_t(order.size()),
-        [&] { return BackwardScratch(mlp_); },
+        [&] { return BackwardScratch(mlp_, blocks_.recomputes()); },
         [&](BackwardScratch& scratch, int64_t i) {
           task(scratch, order[i] / splits_, order[i] % splits_);
-        });
+        },
+        mlp_.operand);
   }
 
   Tensor grad_x() const {
@@ -114,6 +117,11 @@ class Backward {
   }
 
  private:
+  Tensor gradient(bool is_needed, std::vector<int64_t> sizes) const {
+    return torch::stable::new_empty(
+        mlp_.x.tensor, is_needed ? std::move(sizes) : std::vector<int64_t>{0});
+  }
+
   void add_row_of(int64_t r, float* sum /* [D] */) const {
     for (int64_t j = 0; j < mlp_.k; ++j) {
       const int64_t row = mlp_.place(r * mlp_.k + j);
@@ -123,200 +131,103 @@ class Backward {
     }
   }
 
-  // The hidden channels of split q: [first, last).
+  // The hidden channels of split q begin here.
   int64_t first_of(int64_t q) const {
     const int64_t panels = (mlp_.H + kPanel - 1) / kPanel;
     return std::min(mlp_.H, panels * q / splits_ * kPanel);
   }
 
+  int64_t halves() const { return mlp_.gated ? 2 : 1; }
+  int64_t bytes() const { return bytes_of(mlp_.element); }
+
+  // Where a task's sums go: into the gradients, or a worker's own memory until they are rounded.
+  WeightSums sums_of(BackwardScratch& scratch, const HiddenRange& range, bool is_one_block) {
+    const int64_t D = mlp_.D, Do = mlp_.Do, H = mlp_.H, wide = mlp_.wide(), e = range.e;
+    const int64_t channels = range.last - range.first;
+    WeightSums sums{};
+    if (needs_.b1) sums.b1 = of_b1_.data() + e * wide;
+    if (needs_.b2) sums.b2 = of_b2_.data() + e * Do;
+    char* const to_w1 = needs_.w1 ? data_of(w1) + e * wide * D * bytes() : nullptr;
+    char* const to_w2 = needs_.w2 ? data_of(w2) + e * Do * H * bytes() : nullptr;
+    sums.up_w1 = (mlp_.element == Element::kFloat32 ? H : channels) * D;
+    if (mlp_.element == Element::kFloat32) {
+      if (needs_.w1) sums.w1 = reinterpret_cast<float*>(to_w1) + range.first * D;
+      if (needs_.w2) sums.w2 = reinterpret_cast<float*>(to_w2) + range.first;
+      sums.ld_w2 = H;
+      return sums;
+    }
+    sums.to_w1 = to_w1;
+    sums.to_w2 = to_w2;
+    sums.is_tile = is_one_block;
+    if (is_one_block) {
+      sums.w1 = scratch.tile_w1.data();
+      sums.w2 = scratch.tile_w2.data();
+      sums.ld_w2 = kPanel;
+      return sums;
+    }
+    if (needs_.w1 && scratch.w1.size() == 0)
+      scratch.w1 = Buffer<float>(halves() * most_channels_ * D);
+    if (needs_.w2 && scratch.w2.size() == 0) scratch.w2 = Buffer<float>(Do * most_channels_);
+    sums.w1 = scratch.w1.data();
+    sums.w2 = scratch.w2.data();
+    sums.ld_w2 = channels;
+    return sums;
+  }
+
+  static char* data_of(Tensor& tensor) { return static_cast<char*>(tensor.mutable_data_ptr()); }
+
   void task(BackwardScratch& scratch, int64_t e, int64_t q) {
-    const int64_t first = first_of(q), last = first_of(q + 1), H = mlp_.H;
-    const int64_t D = mlp_.D, Do = mlp_.Do, wide = mlp_.wide();
-    const int64_t halves = mlp_.gated ? 2 : 1;
+    const HiddenRange range{e, q, first_of(q), first_of(q + 1)};
+    const int64_t D = mlp_.D, H = mlp_.H, channels = range.last - range.first;
     const int64_t begin = segments_.begin[e], end = segments_.begin[e + 1];
-    if (needs_.b1)
-      for (int64_t half = 0; half < halves; ++half)
-        std::fill_n(b1.data + e * wide + half * H + first, last - first, 0.0f);
-    if (needs_.b2 && q == 0) std::fill_n(b2.data + e * Do, Do, 0.0f);
-    if (begin == end) {
-      for (int64_t half = 0; needs_.w1 && half < halves; ++half)
-        std::fill_n(w1.data + (e * wide + half * H + first) * D, (last - first) * D, 0.0f);
-      for (int64_t o = 0; needs_.w2 && o < Do; ++o)
-        std::fill_n(w2.data + (e * Do + o) * H + first, last - first, 0.0f);
-    }
-    for (int64_t i = begin; i < end; i += kBlock) {
+    if (begin == end) zero(range);
+    const WeightSums sums = sums_of(scratch, range, end - begin <= block_);
+    for (int64_t half = 0; needs_.b1 && half < halves(); ++half)
+      std::fill_n(sums.b1 + half * H + range.first, channels, 0.0f);
+    if (needs_.b2 && q == 0) std::fill_n(sums.b2, mlp_.Do, 0.0f);
+    for (int64_t i = begin; i < end; i += block_) {
       const int32_t* const rows = segments_.rows.data() + i;
-      block(scratch, e, q, rows, std::min(kBlock, end - i), i == begin);
-    }
-    for (int64_t half = 0; half < halves; ++half) {
-      const int64_t from = e * wide + half * H + first;
-      if (needs_.w1) w1.store(from * D, (last - first) * D, mlp_.element);
-      if (needs_.b1) b1.store(from, last - first, mlp_.element);
-    }
-    for (int64_t o = 0; needs_.w2 && o < Do; ++o)
-      w2.store((e * Do + o) * H + first, last - first, mlp_.element);
-    if (needs_.b2 && q == 0) b2.store(e * Do, Do, mlp_.element);
-  }
-
-  void block(
-      BackwardScratch& scratch,
-      int64_t e,
-      int64_t q,
-      const int32_t* rows,
-      int64_t m,
-      bool is_first) {
-    const int64_t D = mlp_.D, Do = mlp_.Do, n = in_lanes(m), ld_g = in_lanes(Do);
-    const bool at_input = mlp_.weight_at == WeightAt::kInput;
-    std::fill_n(scratch.u.data() + m * D, (n - m) * D, 0.0f);
-    mlp_.gather(rows, m, at_input, scratch.u.data(), D);
-    std::fill_n(scratch.g.data(), n * ld_g, 0.0f);
-    std::fill_n(scratch.by_b2.data(), Do, 0.0f);
-    for (int64_t i = 0; i < m; ++i) output(scratch, e, q, rows[i], i);
-    if (needs_.b2 && q == 0) kernels().add(b2.data + e * Do, scratch.by_b2.data(), Do);
-    kernels().transpose32(scratch.g.data(), ld_g, n, ld_g, scratch.turned_g.data(), n);
-    const int64_t first = first_of(q), last = first_of(q + 1);
-    for (int64_t h0 = first; h0 < last; h0 += kPanel)
-      panel(scratch, e, h0, std::min(kPanel, last - h0), rows, m, h0 > first, !is_first);
-    for (int64_t i = 0; i < m; ++i) {
-      float* const by_u = scratch.by_u.data() + i * D;
-      if (at_input) {
-        float* const u = scratch.row.data();
-        mlp_.gather(rows + i, 1, false, u, D);
-        scratch.by_weight[i] = float(kernels().dot_rows[kFloat](by_u, u, D));
-        kernels().siglip_scale[kFloat](by_u, mlp_.weight(rows[i]), D, by_u);
+      const int64_t m = std::min(block_, end - i);
+      blocks_.run(scratch, range, rows, m, i == begin, i + m == end, sums);
+      for (int64_t j = 0; j < m; ++j) {
+        const int64_t to = q * mlp_.N + rows[j];
+        by_weight_[to] = scratch.by_weight[j];
+        if (needs_.rows()) std::copy_n(scratch.by_u.data() + j * D, D, &by_rows_[to * D]);
       }
-      by_weight_[q * mlp_.N + rows[i]] = scratch.by_weight[i];
-      if (needs_.rows()) std::copy_n(by_u, D, by_rows_.data() + (q * mlp_.N + rows[i]) * D);
     }
+    for (int64_t half = 0; needs_.b1 && half < halves(); ++half) {
+      const int64_t from = half * H + range.first;
+      blocks_.round(sums.b1 + from, channels, data_of(b1), e * mlp_.wide() + from);
+    }
+    if (needs_.b2 && q == 0) blocks_.round(sums.b2, mlp_.Do, data_of(b2), e * mlp_.Do);
   }
 
-  // g of one row, its part of the gradient of b2, and that of its weight without the hidden layer.
-  void output(BackwardScratch& scratch, int64_t e, int64_t q, int32_t row, int64_t i) {
-    const int64_t Do = mlp_.Do, r = mlp_.slot(row) / mlp_.k;
-    float *const g = scratch.g.data() + i * in_lanes(Do), *const z = scratch.z.data();
-    grad_.load(r * Do, Do, g);
-    if (mlp_.output.threshold > 0) kernels().dropout_row(mlp_.output, mlp_.slot(row), 0, g, Do);
-    scratch.by_weight[i] = 0;
-    scratch.weight[i] = mlp_.factor(row);
-    if (mlp_.output_activation != kIdentity) {
-      const float* const y = y_.read(row * Do, Do, scratch.row.data());
-      kernels().activate[mlp_.output_activation](y, nullptr, Do, z);
-      if (q == 0) scratch.by_weight[i] = float(kernels().dot_rows[kFloat](g, z, Do));
-      kernels().activate_backward[mlp_.output_activation](g, y, nullptr, Do, g, nullptr);
-    } else if (mlp_.b2 && q == 0) {
-      const float* const bias = mlp_.b2.read(e * Do, Do, scratch.row.data());
-      scratch.by_weight[i] = float(kernels().dot_rows[kFloat](g, bias, Do));
+  // The gradients of weights that no row has met.
+  void zero(const HiddenRange& range) {
+    const int64_t D = mlp_.D, Do = mlp_.Do, H = mlp_.H, e = range.e;
+    const int64_t channels = range.last - range.first;
+    for (int64_t half = 0; needs_.w1 && half < halves(); ++half) {
+      const int64_t from = (e * mlp_.wide() + half * H + range.first) * D;
+      std::memset(data_of(w1) + from * bytes(), 0, channels * D * bytes());
     }
-    if (needs_.b2 && q == 0)
-      kernels().add_row[kFloat](g, scratch.weight[i], scratch.by_b2.data(), Do);
-  }
-
-  // Hidden channels h0 to h0 + width for one block.
-  void panel(
-      BackwardScratch& scratch,
-      int64_t e,
-      int64_t h0,
-      int64_t width,
-      const int32_t* rows,
-      int64_t m,
-      bool adds_rows,
-      bool adds_weights) {
-    const int64_t Do = mlp_.Do, H = mlp_.H, n = in_lanes(m), ld_g = in_lanes(Do);
-    const int64_t ld = in_lanes(width);
-    const Floats::Matrix of_w2 =
-        mlp_.w2.matrix(e * Do * H + h0, Do, width, H, scratch.weights.data());
-    float *const a = scratch.a.data(), *const by_a = scratch.by_a.data();
-    const float* const g = scratch.g.data();
-    gemm(Operand::kFloat32, n, width, Do, g, ld_g, of_w2.data, of_w2.ld, false, by_a, ld);
-    float* const by_b1 = scratch.by_b1.data();
-    std::fill_n(by_b1, 2 * kPanel, 0.0f);
-    for (int64_t i = 0; i < m; ++i) hidden(scratch, h0, width, rows[i], i, ld);
-    for (int64_t half = 0; needs_.b1 && half < (mlp_.gated ? 2 : 1); ++half)
-      kernels().add(b1.data + e * mlp_.wide() + half * H + h0, by_b1 + half * kPanel, width);
-    for (float* rest : {a, scratch.by_h.data(), scratch.by_up.data()})
-      if (rest != nullptr) std::fill_n(rest + m * ld, (n - m) * ld, 0.0f);
-    if (needs_.w2)
-      gemm(
-          Operand::kFloat32,
-          Do,
-          width,
-          n,
-          scratch.turned_g.data(),
-          n,
-          a,
-          ld,
-          adds_weights,
-          w2.data + e * Do * H + h0,
-          H);
-    first_layer(scratch, e, h0, width, n, scratch.by_h.data(), adds_rows, adds_weights);
-    if (mlp_.gated)
-      first_layer(scratch, e, H + h0, width, n, scratch.by_up.data(), true, adds_weights);
-  }
-
-  // One row of a panel: a times the weight, the gradient by h, and what the weight gets of it.
-  void hidden(
-      BackwardScratch& scratch, int64_t h0, int64_t width, int32_t row, int64_t i, int64_t ld) {
-    const int64_t H = mlp_.H, wide = mlp_.wide();
-    float *const a = scratch.a.data() + i * ld, *const by_a = scratch.by_a.data() + i * ld;
-    float* const by_h = scratch.by_h.data() + i * ld;
-    float* const by_up = mlp_.gated ? scratch.by_up.data() + i * ld : nullptr;
-    const float* const h = h_.read(row * wide + h0, width, scratch.h.data());
-    const float* const up =
-        mlp_.gated ? h_.read(row * wide + H + h0, width, scratch.up.data()) : nullptr;
-    kernels().activate[mlp_.activation](h, up, width, a);
-    float* const factors = scratch.factors.data();
-    const bool drops = mlp_.hidden.threshold > 0;
-    if (drops) {
-      std::fill_n(factors, width, 1.0f);
-      kernels().dropout_row(mlp_.hidden, mlp_.slot(row), h0, factors, width);
-      for (int64_t c = 0; c < width; ++c) a[c] *= factors[c];
+    for (int64_t o = 0; needs_.w2 && o < Do; ++o) {
+      const int64_t from = (e * Do + o) * H + range.first;
+      std::memset(data_of(w2) + from * bytes(), 0, channels * bytes());
     }
-    if (mlp_.output_activation == kIdentity && mlp_.weight_at == WeightAt::kOutput)
-      scratch.by_weight[i] += float(kernels().dot_rows[kFloat](by_a, a, width));
-    const float weight = scratch.weight[i];
-    if (drops)
-      for (int64_t c = 0; c < width; ++c) by_a[c] *= factors[c];
-    for (int64_t c = 0; c < width; ++c) by_a[c] *= weight, a[c] *= weight;
-    kernels().activate_backward[mlp_.activation](by_a, h, up, width, by_h, by_up);
-    if (!needs_.b1) return;
-    kernels().add(scratch.by_b1.data(), by_h, width);
-    if (mlp_.gated) kernels().add(scratch.by_b1.data() + kPanel, by_up, width);
-  }
-
-  // The products with `by_h` [n, width], the gradient of channels c to c + width.
-  void first_layer(
-      BackwardScratch& scratch,
-      int64_t e,
-      int64_t c,
-      int64_t width,
-      int64_t n,
-      const float* by_h,
-      bool adds_rows,
-      bool adds_weights) {
-    const int64_t D = mlp_.D, ld = in_lanes(width), at = (e * mlp_.wide() + c) * D;
-    if (needs_.rows() || mlp_.weight_at == WeightAt::kInput) {
-      const Floats::Matrix of_w1 = mlp_.w1.matrix(at, width, D, D, scratch.weights.data());
-      float* const by_u = scratch.by_u.data();
-      gemm(Operand::kFloat32, n, D, width, by_h, ld, of_w1.data, of_w1.ld, adds_rows, by_u, D);
-    }
-    if (!needs_.w1) return;
-    float *const turned = scratch.turned.data(), *const sum = w1.data + at;
-    kernels().transpose32(by_h, ld, n, ld, turned, n);
-    gemm(Operand::kFloat32, width, D, n, turned, n, scratch.u.data(), D, adds_weights, sum, D);
   }
 
   const ExpertMlp& mlp_;
   const BackwardNeeds needs_;
-  const Floats &grad_, &h_, &y_;
+  const BackwardBlocks blocks_;
   const ExpertMlp::Segments segments_;  // one group: all rows of each expert
-  const int64_t splits_;
+  const int64_t block_, splits_;
+  int64_t most_channels_ = 0;    // of a task
+  Buffer<float> of_b1_, of_b2_;  // [E, H or 2 H], [E, Do]
+  Buffer<float> by_rows_;        // [splits, N, D]
+  Buffer<float> by_weight_;      // [splits, N]
 
  public:
-  GradientSums w1, w2, b1, b2;
-
- private:
-  Buffer<float> by_rows_;    // [splits, N, D]
-  Buffer<float> by_weight_;  // [splits, N]
+  Tensor w1, w2, b1, b2;
 };
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -334,7 +245,7 @@ Gradients expert_mlp_backward_cpu(
     const Tensor& sorted_ids /* [N] */,
     const Tensor& inverse_ids /* [R, k] */,
     const Tensor& expert_offsets /* [E + 1] */,
-    const Tensor& h /* [N, H or 2 H] */,
+    const Tensor& h /* [N, H or 2 H] or [0] */,
     const Tensor& y /* [N, Do] or [0] */,
     int64_t activation,
     int64_t output_activation,
@@ -368,18 +279,19 @@ Gradients expert_mlp_backward_cpu(
       output_mask[4] && b1,
       output_mask[5] && b2,
       output_mask[6] && shift};
-  const Floats of_out("grad", grad, {mlp.R, mlp.Do}), of_h("h", h, {mlp.N, mlp.wide()});
+  const Floats of_out("grad", grad, {mlp.R, mlp.Do});
+  const Floats of_h = h.dim() == 1 ? Floats() : Floats("h", h, {mlp.N, mlp.wide()});
   const Floats of_y = output_activation == kIdentity ? Floats() : Floats("y", y, {mlp.N, mlp.Do});
   Backward backward(mlp, needs, of_out, of_h, of_y);
   backward.run();
   const auto none = [&] { return torch::stable::new_empty(x, {0}); };
   return {
       needs.x ? backward.grad_x() : none(),
-      backward.w1.gradient,
-      backward.w2.gradient,
+      backward.w1,
+      backward.w2,
       needs.weights ? backward.grad_weights(topk_weights) : none(),
-      backward.b1.gradient,
-      backward.b2.gradient,
+      backward.b1,
+      backward.b2,
       needs.shift ? backward.grad_shift() : none()};
 }
 

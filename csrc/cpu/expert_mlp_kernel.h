@@ -111,6 +111,49 @@ void activate_backward_kernel(
   }
 }
 
+template <Activation activation, bool gated>
+float hidden_backward_kernel(
+    const float* by_a /* [n] */,
+    const float* h /* [n] */,
+    const float* up /* [n] */,
+    const float* factors /* [n] */,
+    float weight,
+    int64_t n,
+    float* a /* [n] */,
+    float* by_h /* [n] */,
+    float* by_up /* [n] */) {
+  float dot = 0;
+#pragma omp simd reduction(+ : dot)
+  for (int64_t i = 0; i < n; ++i) {
+    const ActivationEntry entry = activation_entry<activation>(h[i]);
+    const float factor = factors[i], gate = gated ? up[i] : 1.0f;
+    const float value = entry.value * gate * factor;
+    dot += by_a[i] * value;
+    a[i] = value * weight;
+    const float grad = by_a[i] * factor * weight;
+    if constexpr (gated) {
+      by_h[i] = grad * gate * entry.derivative;
+      by_up[i] = grad * entry.value;
+    } else {
+      by_h[i] = grad * entry.derivative;
+    }
+  }
+  return dot;
+}
+
+// to [rows / 2, n, 2] <- from [rows, n], ld apart, in bfloat16: two rows in turn.
+inline void pair_floats_kernel(
+    const float* from, int64_t ld, int64_t rows /* even */, int64_t n, void* to) {
+  auto* const y = static_cast<uint32_t*>(to);
+  for (int64_t r = 0; r < rows; r += 2) {
+    const float *const first = from + r * ld, *const second = first + ld;
+    uint32_t* const pairs = y + r / 2 * n;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i)
+      pairs[i] = convert<BFloat16>(first[i]).x | uint32_t(convert<BFloat16>(second[i]).x) << 16;
+  }
+}
+
 // Each number to the nearest of element_t, as if stored there.
 template <typename element_t>
 void round_to_kernel(float* x /* [n] */, int64_t n) {

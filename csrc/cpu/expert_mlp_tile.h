@@ -23,4 +23,18 @@ using ActivateKernel = void(const float* x, const float* up, int64_t n, float* o
 using ActivateBackwardKernel =
     void(const float* grad, const float* x, const float* up, int64_t n, float* by_x, float* by_up);
 
+// One row of hidden channels in the backward. `by_a`: the gradient by act(h) times `factors`, those
+// of the dropout, yet without the router weight. Writes a = weight factors act(h), and the
+// gradients by h and, if it is gated, by up. Returns <by_a, factors act(h)>.
+using HiddenBackwardKernel = float(
+    const float* by_a,
+    const float* h,
+    const float* up,
+    const float* factors,
+    float weight,
+    int64_t n,
+    float* a,
+    float* by_h,
+    float* by_up);
+
 }  // namespace m2ae::cpu

@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor> grouped_mm_cpu(
   std::vector<int64_t> h_sizes = sizes;
   sizes.push_back(columns), h_sizes.push_back(C);
   if (!saves) h_sizes = {0};
-  const bool has_tail = offs && !stacked;
+  const bool has_tail = offs && !stacked && ends.back() < grouped;
   const auto fresh = [&](const std::vector<int64_t>& of) {
     return has_tail ? torch::stable::new_zeros(mat_a, of, out_dtype)
                     : torch::stable::new_empty(mat_a, of, out_dtype);

@@ -15,15 +15,16 @@ namespace {
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 
-// grad through the activation, in float32, as far as rows are in groups.
-Tensor through_activation(
+// grad through the activation, in float32 [.., C] one after the other, as far as rows are in
+// groups.
+Buffer<float> through_activation(
     const Tensor& grad, const Tensor& h, int64_t activation, int64_t rows_per_matrix) {
   const Tensor dense = torch::stable::contiguous(h);
-  Tensor made = torch::stable::new_empty(h, h.sizes(), ScalarType::Float);
+  Buffer<float> made(h.numel());
   const bool gated = activation >= kFirstGated;
   const int64_t C = h.size(h.dim() - 1), columns = gated ? C / 2 : C;
   const int64_t matrices = h.dim() == 3 ? h.size(0) : 1;
-  float* const to = made.mutable_data_ptr<float>();
+  float* const to = made.data();
   share_out(
       matrices * rows_per_matrix,
       [&] { return std::vector<float>(columns + C); },
@@ -95,38 +96,50 @@ Gradients grouped_mm_backward_cpu(
       a_ids ? static_cast<const int32_t*>(ids.const_data_ptr()) : nullptr;
   const int64_t K = mat_a.size(mat_a.dim() - 1), C = mat_b.size(mat_b.dim() - 1);
   const int64_t M = a_ids ? ids.numel() : mat_a.size(mat_a.dim() - 2);
-  const std::vector<int64_t> ends = offs ? grouped_mm_ends(
-                                               *offs,
-                                               many_b   ? M
-                                               : many_a ? C
-                                                        : K)
-                                         : std::vector<int64_t>{};
+  const int64_t grouped = many_b ? M : many_a ? C : K;
+  const std::vector<int64_t> ends = offs ? grouped_mm_ends(*offs, grouped) : std::vector<int64_t>{};
   const int64_t E = offs ? int64_t(ends.size()) - 1 : mat_a.size(0);
-  const Tensor g_tensor = activation == kIdentity
-                              ? grad
-                              : through_activation(grad, h, activation, offs ? ends.back() : M);
+  Buffer<float> through;
+  if (activation != kIdentity)
+    through = through_activation(grad, h, activation, offs ? ends.back() : M);
   const Tensor a_tensor = row_ids && output_mask[1] ? gathered(mat_a, row_ids, M) : mat_a;
   const ScalarType dtype = mat_a.scalar_type();
   const Element element = grouped_mm_element(dtype);
   // A stack is written as a whole, empty groups included; of a 2-D gradient the tail is not.
-  Tensor by_a = !output_mask[0] ? torch::stable::new_empty(mat_a, {0})
-                : row_ids       ? torch::stable::new_zeros(mat_a, {M, K}, ScalarType::Float)
-                : many_a        ? torch::stable::new_empty(mat_a, mat_a.sizes())
-                                : torch::stable::new_zeros(mat_a, mat_a.sizes());
-  Tensor by_b = !output_mask[1] ? torch::stable::new_empty(mat_b, {0})
-                : many_b        ? torch::stable::new_empty(mat_b, mat_b.sizes())
-                                : torch::stable::new_zeros(mat_b, mat_b.sizes());
+  const bool has_tail = offs && ends.back() < grouped;
+  const auto fresh = [&](bool is_needed, bool is_stack, std::vector<int64_t> sizes, ScalarType of) {
+    if (!is_needed) sizes = {0};
+    return has_tail && !is_stack ? torch::stable::new_zeros(mat_a, sizes, of)
+                                 : torch::stable::new_empty(mat_a, sizes, of);
+  };
+  const auto sizes_of = [](const Tensor& t) {
+    std::vector<int64_t> sizes;
+    for (int64_t d = 0; d < t.dim(); ++d) sizes.push_back(t.size(d));
+    return sizes;
+  };
+  Tensor by_a = row_ids ? fresh(output_mask[0], false, {M, K}, ScalarType::Float)
+                        : fresh(output_mask[0], many_a, sizes_of(mat_a), dtype);
+  Tensor by_b = fresh(output_mask[1], many_b, sizes_of(mat_b), dtype);
   const bool needs_bias = output_mask[2] && bias;
   Tensor by_bias = torch::stable::new_empty(
       mat_a, needs_bias ? std::vector<int64_t>{E, C} : std::vector<int64_t>{0});
-  const Matrix g(g_tensor), a(a_tensor), b(mat_b);
+  Matrix g(grad);
+  int64_t g_stack = grad.dim() == 3 ? grad.stride(0) : 0;
+  if (activation != kIdentity) {
+    g.data = reinterpret_cast<const char*>(through.data());
+    g.element = Element::kFloat32;
+    g.row = C, g.column = 1;
+    g_stack = grad.dim() == 3 ? M * C : 0;
+  }
+  const Matrix a(a_tensor), b(mat_b);
   std::vector<Product> of_a, of_b;
+  std::vector<std::pair<Matrix, int64_t>> of_bias;  // rows, and how many
   const Element a_element = row_ids ? Element::kFloat32 : element;
   for (int64_t e = 0; e < E; ++e) {
     const int64_t begin = offs ? ends[e] : 0, size = offs ? ends[e + 1] - begin : 0;
     const Matrix a_e = many_a ? a.at(e * mat_a.stride(0)) : a;
     const Matrix b_e = many_b ? b.at(e * mat_b.stride(0)) : b;
-    const Matrix g_e = g_tensor.dim() == 3 ? g.at(e * g_tensor.stride(0)) : g;
+    const Matrix g_e = g.at(e * g_stack);
     char* to_a = output_mask[0] ? static_cast<char*>(by_a.mutable_data_ptr()) : nullptr;
     char* to_b = output_mask[1] ? static_cast<char*>(by_b.mutable_data_ptr()) : nullptr;
     const int64_t a_bytes = bytes_of(a_element), b_bytes = bytes_of(element);
@@ -148,13 +161,7 @@ Gradients grouped_mm_backward_cpu(
       const int64_t first = offs ? begin : e * M;
       add(g_rows, b_e.turned(), at(to_a, first * K * a_bytes), K, rows, K, C, true);
       add(a_rows.turned(), g_rows, at(to_b, e * K * C * b_bytes), C, K, C, rows, false);
-      if (needs_bias)
-        sum_rows(
-            g_rows,
-            rows,
-            C,
-            static_cast<char*>(by_bias.mutable_data_ptr()) + e * C * b_bytes,
-            element);
+      if (needs_bias) of_bias.push_back({g_rows, rows});
     } else if (many_a) {  // columns in groups
       const Matrix g_columns = g.from(0, begin), b_columns = b.from(0, begin);
       add(g_columns, b_columns.turned(), at(to_a, e * M * K * a_bytes), K, M, K, size, true);
@@ -167,6 +174,13 @@ Gradients grouped_mm_backward_cpu(
   }
   run_products(of_a, {kIdentity, a_element});
   run_products(of_b, {kIdentity, element});
+  share_out(
+      int64_t(of_bias.size()),
+      [] { return 0; },
+      [&](int, int64_t e) {
+        char* const to = static_cast<char*>(by_bias.mutable_data_ptr());
+        sum_rows(of_bias[e].first, of_bias[e].second, C, to + e * C * bytes_of(element), element);
+      });
   if (row_ids && output_mask[0]) by_a = scattered(by_a, row_ids, mat_a);
   return {by_a, by_b, by_bias};
 }

@@ -41,7 +41,7 @@ struct Kernels {
   void (*add_row[kOperands])(const void* row, float factor, float* gradient, int64_t n);
   Transpose* transpose32;
   Transpose* transpose16;
-  void (*pair_rows)(const void* from, int64_t rows, int64_t n, void* to);
+  void (*pair_rows)(const void* from, int64_t ld, int64_t rows, int64_t n, void* to);
   void (*add)(float* sum, const float* more, int64_t n);
 
   // Tiles of info_nce_loss.
@@ -75,7 +75,9 @@ struct Kernels {
   // Layers of experts: expert_mlp_kernel.h. By activation, and by the element to round to.
   ActivateKernel* activate[kActivations];
   ActivateBackwardKernel* activate_backward[kActivations];
+  HiddenBackwardKernel* hidden_backward[kActivations];
   void (*round_to[kFloatingElements])(float* x, int64_t n);
+  void (*pair_floats)(const float* from, int64_t ld, int64_t rows, int64_t n, void* to);
   void (*add_to_rows)(float* tile, int64_t rows, int64_t columns, const float* bias);
   void (*dropout_row)(const Dropout& dropout, int32_t slot, int64_t first, float* row, int64_t n);
   void (*dropout_columns)(

@@ -102,7 +102,9 @@
    M2AE_BY_ELEMENT_AND_SCORE(topk_gating_backward_kernel),  \
    M2AE_BY_ACTIVATION(activate_kernel),                     \
    M2AE_BY_ACTIVATION(activate_backward_kernel),            \
+   M2AE_BY_ACTIVATION(hidden_backward_kernel),              \
    M2AE_BY_FLOATING_ELEMENT(round_to_kernel),               \
+   &pair_floats_kernel,                                     \
    &add_to_rows_kernel,                                     \
    &dropout_row_kernel,                                     \
    &dropout_columns_kernel}

@@ -47,29 +47,61 @@ class GatingBackwardBlock : GatingBlock<element_t, score> {
 
  private:
   // One number of each row, 0 where there is no row.
-  Floats of_rows(const float* from, int64_t row, int64_t stride) const {
-    if (stride == 1 && this->rows == kLanes) return load(from + row);
+  Floats of_rows(const float* from, int64_t row) const {
+    if (this->rows == kLanes) return load(from + row);
     float numbers[kLanes] = {};
-    for (int l = 0; l < this->rows; ++l) numbers[l] = from[(row + l) * stride];
+    for (int l = 0; l < this->rows; ++l) numbers[l] = from[row + l];
     return load(numbers);
+  }
+
+  // to [k, kLanes] <- what is [R, k], of these rows; 0 where there is no row.
+  template <typename number_t>
+  void read_chosen(const number_t* from, int64_t row, number_t* to) const {
+    const int64_t k = given.k, end = given.S * given.T * k, first = row * k;
+    const int64_t padded = (k + kLanes - 1) / kLanes * kLanes;
+    if (this->rows < kLanes || first + (kLanes - 1) * k + padded > end) {
+      for (int64_t j = 0; j < k; ++j)
+        for (int l = 0; l < kLanes; ++l)
+          to[j * kLanes + l] = l < this->rows ? from[first + l * k + j] : number_t(0);
+      return;
+    }
+    const auto* const bits = reinterpret_cast<const float*>(from + first);
+    for (int64_t j = 0; j < k; j += kLanes) {
+      Floats x[kLanes];
+      for (int l = 0; l < kLanes; ++l) x[l] = load(bits + l * k + j);
+      transpose(x);
+      const int n = int(k - j < kLanes ? k - j : kLanes);
+      for (int i = 0; i < n; ++i) store(x[i], to + (j + i) * kLanes);
+    }
+  }
+
+  // scratch.chosen <- the logits of the chosen.
+  void pick_chosen() const {
+    for (int64_t j = 0; j < given.k; ++j) {
+      int32_t* const of_rows = scratch.ids + j * kLanes;
+      Ints ids = load(of_rows);
+      ids = (ids >= 0) & (ids < int32_t(E)) ? ids : Ints{};  // -1 where masked
+      store(ids, of_rows);
+      if (E > kCompared) {
+        scratch.chosen[j] = pick(scratch.z, of_rows);
+        continue;
+      }
+      Floats picked{};
+      for (int32_t e = 0; e < E; ++e) picked = ids == e ? load(scratch.z + e * kLanes) : picked;
+      scratch.chosen[j] = picked;
+    }
   }
 
   // scratch.chosen <- the gradients by the log-scores of the chosen; their sum if p spreads it.
   Floats find_chosen(int64_t row) {
     const int64_t k = given.k;
-    for (int64_t j = 0; j < k; ++j) {
-      int32_t ids[kLanes] = {};
-      for (int l = 0; l < this->rows; ++l) {
-        const int32_t id = given.ids[(row + l) * k + j];
-        ids[l] = uint32_t(id) < uint32_t(E) ? id : 0;  // -1 where masked
-      }
-      store(load(ids), scratch.ids + j * kLanes);
-      scratch.chosen[j] = pick(scratch.z, ids);
-    }
+    read_chosen(given.ids, row, scratch.ids);
+    read_chosen(given.grad_weights, row, reinterpret_cast<float*>(scratch.dw));
+    pick_chosen();
     this->weigh(scratch.chosen);
     Floats sum{};
     for (int64_t j = 0; j < k; ++j) {
-      const Floats dw = of_rows(given.grad_weights + j, row, k) * given.routed_scaling_factor;
+      const Floats dw = scratch.dw[j] * given.routed_scaling_factor;
       const Floats product = scratch.chosen[j] * dw;
       sum += product;
       scratch.dw[j] = dw;
@@ -87,9 +119,9 @@ class GatingBackwardBlock : GatingBlock<element_t, score> {
     const float* const dP = given.grad_probs_sum;
     Floats common = -of_chosen - (dP == nullptr ? Floats{} : this->dot * inverse), dH{};
     if (score == kSoftmax && given.grad_logsumexp != nullptr)
-      common += of_rows(given.grad_logsumexp, row, 1);
+      common += of_rows(given.grad_logsumexp, row);
     if (has_entropy) {
-      dH = of_rows(given.grad_entropy, row, 1);
+      dH = of_rows(given.grad_entropy, row);
       common += dH * this->weighed * inverse;
     }
     for (int64_t e = 0; e < E; ++e) {
@@ -102,6 +134,15 @@ class GatingBackwardBlock : GatingBlock<element_t, score> {
   }
 
   void add_chosen(float* g) const {
+    if (E <= kCompared) {
+      for (int32_t e = 0; e < E; ++e) {
+        Floats sum = load(g + e * kLanes);
+        for (int64_t j = 0; j < given.k; ++j)
+          sum += load(scratch.ids + j * kLanes) == e ? scratch.chosen[j] : Floats{};
+        store(sum, g + e * kLanes);
+      }
+      return;
+    }
     for (int64_t j = 0; j < given.k; ++j) {
       float more[kLanes];
       store(scratch.chosen[j], more);
@@ -157,7 +198,7 @@ void topk_gating_backward_kernel(
     const int rows = int(given.T - t < kLanes ? given.T - t : kLanes);
     float* copy = memory.rows;
     if constexpr (std::is_same_v<element_t, float>)
-      if (E % kLanes == 0 && rows == kLanes) copy = to + t * E;
+      if (rows == kLanes && writes_in_place(t, E, end)) copy = to + t * E;
     write_rows(memory.sums, E, rows, copy, to + t * E);
   }
   if (grad_shift == nullptr) return;

@@ -72,8 +72,6 @@ inline void best(const void* from, int64_t count, int64_t k, int32_t* ids, Float
   best<kMostChosen, of_numbers>(from, count, k, ids, chosen);
 }
 
-constexpr int64_t kCompared = 16;  // experts
-
 // The k best experts of every lane, one lane after the other.
 inline void best_by_row(
     const int32_t* keys, int64_t E, int64_t k, int32_t* row_keys, int32_t* ids) {
@@ -91,8 +89,9 @@ class GatingForwardBlock : GatingBlock<element_t, score> {
   using Block = GatingBlock<element_t, score>;
   using Block::a, Block::E, Block::has_nan, Block::scratch, Block::top, Block::total;
 
-  GatingForwardBlock(const GatingForward& forward, const GatingScratch& memory)
-      : Block(forward, memory), given(forward) {}
+  // For tokens up to `end`.
+  GatingForwardBlock(const GatingForward& forward, const GatingScratch& memory, int64_t end)
+      : Block(forward, memory), given(forward), end_(end) {}
 
   void operator()(int64_t s, int64_t t, int32_t* counts) {
     this->read(s, t);
@@ -111,7 +110,7 @@ class GatingForwardBlock : GatingBlock<element_t, score> {
         scratch.chosen[j] = pick(scratch.z, scratch.ids + j * kLanes);
     }
     this->weigh(scratch.chosen);
-    write(s * given.T + t, counts);
+    write(s, t, counts);
     if (given.has_probs_sum) add_distribution();
   }
 
@@ -203,19 +202,21 @@ class GatingForwardBlock : GatingBlock<element_t, score> {
 
   // What is [k, kLanes], to [R, k]
   template <typename number_t>
-  void write_chosen(const number_t* from, number_t* to) const {
-    constexpr int64_t kFewest = 5;  // to pay for transposing kLanes of them
+  void write_chosen(const number_t* from, int64_t t, number_t* to) const {
+    constexpr int64_t kFewest = 3;  // to pay for transposing kLanes of them
     const int64_t k = given.k;
     if (k >= kFewest) {
       const auto* const bits = reinterpret_cast<const float*>(from);
-      return write_rows(bits, k, this->rows, scratch.rows, reinterpret_cast<float*>(to));
+      auto* const numbers = reinterpret_cast<float*>(to);
+      const bool in_place = this->rows == kLanes && writes_in_place(t, k, end_);
+      return write_rows(bits, k, this->rows, in_place ? numbers : scratch.rows, numbers);
     }
     for (int64_t j = 0; j < k; ++j)
       for (int l = 0; l < this->rows; ++l) to[l * k + j] = from[j * kLanes + l];
   }
 
-  void write(int64_t row, int32_t* counts) {
-    const int64_t k = given.k;
+  void write(int64_t s, int64_t t, int32_t* counts) {
+    const int64_t k = given.k, row = s * given.T + t;
     Floats of_row{};
     if (score == kSoftmax)
       of_row = shown((this->is_infinite ? this->highest : top) + log_of(total));
@@ -229,8 +230,8 @@ class GatingForwardBlock : GatingBlock<element_t, score> {
       const Ints ids = load(scratch.ids + j * kLanes);
       store(this->present ? ids : ints(-1), scratch.ids + j * kLanes);
     }
-    write_chosen(weights, given.weights + row * k);
-    write_chosen(scratch.ids, given.ids + row * k);
+    write_chosen(weights, t, given.weights + row * k);
+    write_chosen(scratch.ids, t, given.ids + row * k);
     count(counts);
   }
 
@@ -258,6 +259,7 @@ class GatingForwardBlock : GatingBlock<element_t, score> {
   }
 
   const GatingForward& given;
+  const int64_t end_;
 };
 
 // sums [E] += the sums over lanes of [E, kLanes]
@@ -284,7 +286,7 @@ void topk_gating_kernel(
     memory.sums[i] = 0;
     memory.counts[i] = 0;
   }
-  GatingForwardBlock<element_t, score> block(given, memory);
+  GatingForwardBlock<element_t, score> block(given, memory, end);
   for (int64_t t = begin; t < end; t += kLanes) block(s, t, counts);
   if (given.has_probs_sum) add_lanes(memory.sums, given.E, probs_sum);
   add_lanes(memory.counts, given.E, counts);

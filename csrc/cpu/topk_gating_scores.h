@@ -63,6 +63,15 @@ struct GatingScratch {
   }
 };
 
+// Experts that are found by comparing, which is faster than going to memory row by row.
+constexpr int64_t kCompared = 16;
+
+// Whether write_rows() may write kLanes rows of n from t on in place: not past what the task, which
+// ends with row `end`, is yet to write.
+inline bool writes_in_place(int64_t t, int64_t n, int64_t end) {
+  return n % kLanes == 0 || t + kLanes + (kLanes + n - 1) / n <= end;
+}
+
 // to [rows, n] <- the first rows of [n, kLanes]. `copy` [kLanes * n + kLanes] is between, or `to`.
 template <typename element_t>
 inline void write_rows(const float* from, int64_t n, int rows, float* copy, element_t* to) {

@@ -32,12 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
     from m2ae.evaluation.held_out import evaluate_held_out
-    from m2ae.training.recipe import load_recipe
+    from m2ae.training.recipe import Recipe, load_recipe
     from m2ae.training.run import run_recipe
 
     start = time.monotonic()
     folder = Path(options.out)
     recipe = load_recipe("emoji_tiny")
+    assert isinstance(recipe, Recipe)  # that file has no connector
     steps = QUICK_STEPS if options.quick and options.steps is None else options.steps
     train = replace(recipe.train, seed=options.seed, steps=steps or recipe.train.steps)
     if steps is not None:

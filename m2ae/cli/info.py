@@ -1,9 +1,12 @@
-"""Print a model's shapes, parameters and compression ratios."""
+"""Print a model's shapes, parameters and compression ratios, or a connector's sizes."""
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from m2ae.config import ConnectorConfig, M2AEConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,22 +44,28 @@ def describe(model: str) -> dict[str, dict[str, Any]]:
         model: a preset's name, or a folder with a config.json.
 
     Returns:
-        "shapes", "parameters" and "compression ratios".
+        Of an M2AE "shapes", "parameters" and "compression ratios"; of a connector "shapes",
+        "parameters" and "experts".
 
     Raises:
-        ValueError: there is no such preset; the nearest is named.
+        ValueError: there is no such preset; the nearest is named. Or the config has unknown keys.
         OSError: the folder has no config.json.
     """
+    from m2ae.config import ConnectorConfig, M2AEConfig
+
+    if not Path(model).is_dir():
+        return _m2ae(M2AEConfig.preset(model))
+    data = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    if "dims" in data:  # as only a connector's config has
+        return _connector(ConnectorConfig.from_dict(data))
+    return _m2ae(M2AEConfig.from_dict(data))
+
+
+def _m2ae(config: "M2AEConfig") -> dict[str, dict[str, Any]]:
     import torch
 
-    from m2ae.config import M2AEConfig
     from m2ae.models.m2ae import M2AE
 
-    if Path(model).is_dir():
-        text = (Path(model) / "config.json").read_text(encoding="utf-8")
-        config = M2AEConfig.from_dict(json.loads(text))
-    else:
-        config = M2AEConfig.preset(model)
     with torch.device("meta"):
         built = M2AE(config)
     counts = built.parameter_counts()
@@ -77,3 +86,22 @@ def describe(model: str) -> dict[str, dict[str, Any]]:
     ratios = {name: f"{ratio:.1f} : 1" for name, ratio in built.compression_ratios().items()}
     parameters = {**counts, "all": sum(counts.values()), "trained": trained}
     return {"shapes": shapes, "parameters": parameters, "compression ratios": ratios}
+
+
+def _connector(config: "ConnectorConfig") -> dict[str, dict[str, Any]]:
+    import torch
+
+    from m2ae.models.connector import MoEConnector
+
+    with torch.device("meta"):
+        built = MoEConnector(config)
+    parameters: dict[str, Any] = {}
+    for name, parameter in built.named_parameters():
+        part = ".".join(name.split(".")[:2]) if name.startswith("moe.") else name.split(".")[0]
+        parameters[part] = parameters.get(part, 0) + parameter.numel()
+    parameters["all"] = sum(parameters.values())
+    shapes = {f"{name} latents": f"(B, N, {width})" for name, width in config.dims.items()}
+    shapes |= {f"{name} prediction": f"(B, {width})" for name, width in config.dims.items()}
+    shapes["query and key"] = f"(B, {config.hidden_size})"
+    per_token = f"{config.top_k} of {config.num_experts}"
+    return {"shapes": shapes, "parameters": parameters, "experts": {"per token": per_token}}

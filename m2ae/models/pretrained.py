@@ -11,14 +11,15 @@ from torch import nn
 from m2ae.atomic_files import write_files
 
 if TYPE_CHECKING:
+    from m2ae.models.connector import MoEConnector
     from m2ae.models.m2ae import M2AE
 
 CONFIG = "config.json"
 TENSORS = "model.safetensors"
 
 
-def save(model: "M2AE", folder: str | Path) -> None:
-    """Write a model's config and tensors, the target encoder's included.
+def save(model: "M2AE | MoEConnector", folder: str | Path) -> None:
+    """Write a model's config and all its tensors, an M2AE's target encoder's included.
 
     Args:
         model: the model, on any device.

@@ -1,19 +1,21 @@
 """A training run as data: which model, which data, how long and how fast.
 
-A recipe is a YAML file whose keys are the fields of `Recipe`. `model` takes the fields of
-`M2AEConfig`, and `preset` to start from; what is written beside it replaces the preset's values.
+A recipe is a YAML file. One with `connector` has the fields of `ConnectorRecipe` as its keys, any
+other those of `Recipe`. `model` takes the fields of `M2AEConfig`, and `preset` to start from; what
+is written beside it replaces the preset's values.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from m2ae.config import M2AEConfig
+from m2ae.config import ConnectorConfig, ConnectorLossConfig, M2AEConfig
 from m2ae.dataclass_io import from_dict, hint, to_dict
+from m2ae.training.alternation import Direction, check_directions
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,23 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class FeaturesConfig:
+    """Where features of frozen encoders come from."""
+
+    manifest: str = "emoji"  # a manifest.jsonl, or "emoji", the data set in the package
+    features: str = ""  # a safetensors file for a manifest of one's own; "" with "emoji"
+
+    def __post_init__(self) -> None:
+        if (self.manifest == "emoji") != (self.features == ""):
+            raise ValueError(
+                "FeaturesConfig.features: expected a file with a manifest of one's own, and none"
+                f" with 'emoji', got {self.features!r} with {self.manifest!r}"
+            )
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """A whole run; `m2ae train` writes it, resolved, beside what it made."""
+    """A whole run of an M2AE; `m2ae train` writes it, resolved, beside what it made."""
 
     model: M2AEConfig = field(default_factory=M2AEConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -74,7 +91,28 @@ class Recipe:
         return to_dict(self)
 
 
-def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+@dataclass(frozen=True)
+class ConnectorRecipe:
+    """A whole run of a connector."""
+
+    connector: ConnectorConfig
+    data: FeaturesConfig = field(default_factory=FeaturesConfig)
+    # source and target modality, trained in turn, a step each
+    directions: tuple[Direction, ...] = (("image", "text"), ("text", "image"))
+    loss: ConnectorLossConfig = field(default_factory=ConnectorLossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        check_directions(self.directions, self.connector.dims)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as nested dictionaries and lists."""
+        return to_dict(self)
+
+
+def load_recipe(
+    name_or_path: str | Path, overrides: Sequence[str] = ()
+) -> Recipe | ConnectorRecipe:
     """Read a recipe.
 
     Args:
@@ -82,7 +120,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         overrides: "section.field=value" each, value in YAML; they replace what the file says.
 
     Returns:
-        The recipe, checked.
+        The recipe, checked; a ConnectorRecipe if it says `connector`.
 
     Raises:
         FileNotFoundError: no such file and no such name; the nearest name is given.
@@ -99,11 +137,25 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         raise ValueError(f"{name_or_path}: expected keys and values, got {data!r}")
     for override in overrides:
         _override(data, override)
+    _check_sections(data)
+    if "connector" in data:
+        return from_dict(ConnectorRecipe, data, path="recipe")
     model = dict(data.get("model") or {})
     if "preset" in model:
         preset = M2AEConfig.preset(model.pop("preset")).to_dict()
         model = _merge(preset, model)
     return from_dict(Recipe, {**data, "model": model}, path="recipe")
+
+
+def _check_sections(data: Mapping[str, Any]) -> None:
+    """Refuse what no recipe has, so that a misspelt `connector` is not taken for an M2AE's."""
+    if "model" in data and "connector" in data:
+        raise ValueError("recipe: expected one of 'model' and 'connector', got both")
+    sections = {f.name for kind in (Recipe, ConnectorRecipe) for f in fields(kind)}
+    for key in data:
+        if key not in sections:
+            known = hint(key, sections)
+            raise ValueError(f"recipe: expected only known keys, got {key!r}; {known}")
 
 
 def _read(name_or_path: str | Path) -> str:

@@ -1,19 +1,19 @@
-"""The training loop, plain."""
+"""How an M2AE is trained."""
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from m2ae.data.collate import Batch, Collator
+from m2ae.data.collate import Collator
 from m2ae.data.dataset import Item
 from m2ae.masking import draw_masks
 from m2ae.models.m2ae import M2AE
 from m2ae.training.log import RunLog
+from m2ae.training.loop import check_batch_size, descend, run_steps
 from m2ae.training.optim import make_optimizer
 from m2ae.training.recipe import TrainConfig
-from m2ae.training.schedule import cosine_with_warmup, linear
+from m2ae.training.schedule import linear
 
 
 class Trainer:
@@ -43,11 +43,7 @@ class Trainer:
         validation: Sequence[Item] = (),
         validation_collator: Collator | None = None,
     ) -> None:
-        if len(items) < config.batch_size:
-            raise ValueError(
-                f"Trainer: expected at least batch_size = {config.batch_size} samples,"
-                f" got {len(items)}"
-            )
+        check_batch_size("Trainer", config, len(items))
         self.model = model
         self.config = config
         self.items = items
@@ -70,68 +66,33 @@ class Trainer:
         Raises:
             FloatingPointError: the loss is not finite; the step is named.
         """
-        config, seconds = self.config, 0.0
         self.model.train()
-        start = time.monotonic()
-        for step, (epoch, batch) in enumerate(self._batches()):
-            row = self._step(step, epoch, batch)
-            log.advance(step, {"loss": row["loss"], "align": row.get("align", float("nan"))})
-            is_last = step + 1 == config.steps
-            if step % config.log_every == 0 or is_last:
-                log.write(row)
-            if config.eval_every and ((step + 1) % config.eval_every == 0 or is_last):
-                seconds += time.monotonic() - start
-                log.write({"step": step, **self.evaluate()})
-                start = time.monotonic()
-        seconds += time.monotonic() - start
-        return config.steps * config.batch_size / seconds
+        return run_steps(
+            self.config, len(self.items), self._step, self.evaluate, log, shown=("loss", "align")
+        )
 
-    def _batches(self) -> Iterator[tuple[int, Batch]]:
-        """`steps` batches with their epochs; every epoch has a new order."""
-        size, step, epoch = self.config.batch_size, 0, 0
-        while True:
-            generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
-            order = torch.randperm(len(self.items), generator=generator).tolist()
-            self.collator.set_epoch(epoch)
-            for first in range(0, len(order) - size + 1, size):
-                yield epoch, self.collator([self.items[i] for i in order[first : first + size]])
-                step += 1
-                if step == self.config.steps:
-                    return
-            epoch += 1
-
-    def _step(self, step: int, epoch: int, batch: Batch) -> dict[str, Any]:
+    def _step(self, step: int, epoch: int, rows: list[int]) -> dict[str, Any]:
         config, jepa = self.config, self.model.config.jepa
-        factor = cosine_with_warmup(step, config.steps, config.warmup_steps, config.final_lr)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * factor
         decay = linear(step, config.steps, *jepa.ema)
 
+        self.collator.set_epoch(epoch)
+        batch = self.collator([self.items[row] for row in rows])
         masks = draw_masks(
             jepa, self.model.config.image.grid, batch.ids, seed=config.seed, epoch=epoch
         )
         self.shortened += batch.shortened
         batch = batch.to(self.device)
         output = self.model(batch.inputs, batch.present, masks=masks.to(self.device))
-        self.optimizer.zero_grad()
-        output.loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(), config.clip_norm or float("inf")
-        )
-        self.optimizer.step()
+        facts = descend(self.model, self.optimizer, output.loss, step, config)
         self.model.target_encoder.update(decay)
-
-        loss = output.loss.item()
-        if not loss - loss == 0:  # NaN or infinite
-            raise FloatingPointError(f"step {step}: expected a finite loss, got {loss}")
         return {
             "step": step,
             "epoch": epoch,
-            "loss": loss,
+            "loss": output.loss.item(),
             **{name: value.item() for name, value in output.losses.items()},
-            "lr": config.lr * factor,
+            "lr": facts["lr"],
             "ema_decay": decay,
-            "grad_norm": norm.item(),
+            "grad_norm": facts["grad_norm"],
             "shortened": self.shortened,
         }
 

@@ -186,7 +186,7 @@ def backward(
     sorted_ids: Tensor,
     inverse_ids: Tensor,
     expert_offsets: Tensor,
-    h: Tensor,  # [N, H or 2 H]
+    h: Tensor,  # [N, H or 2 H], or [0]: computed again
     y: Tensor,  # [N, Do] or [0]
     activation: int,
     output_activation: int,
@@ -199,9 +199,14 @@ def backward(
     routing = (sorted_ids, inverse_ids, expert_offsets)
     with without_autocast(x.device):
         plan = _plan(x, w2, shift, seed, *routing, dropout_p, output_dropout_p)
-        h = _saved(h, sorted_ids, plan)
-        a = _times(activate(h, activation), plan.hidden_factors)
         weight = _weights(topk_weights, plan, acc)
+        u = _inputs(x, shift, plan)
+        if h.dim() == 1:
+            h = _linear(u * weight if weight_at == AT_INPUT else u, w1, b1, plan.blocks)
+            h = h.to(x.dtype).to(acc)
+        else:
+            h = _saved(h, sorted_ids, plan)
+        a = _times(activate(h, activation), plan.hidden_factors)
         outputs = None if output_activation == IDENTITY else _saved(y, sorted_ids, plan)
         g, by_weight = _by_output(grad.to(acc), outputs, output_activation, plan)
         by_a = g @ of_experts(w2.to(acc), plan.blocks)  # [B, n, H], yet without the weight
@@ -213,7 +218,6 @@ def backward(
         if weight_at == AT_OUTPUT:
             by_a, g = by_a * weight, g * weight
         by_h = activate_backward(_times(by_a, plan.hidden_factors), h, activation)
-        u = _inputs(x, shift, plan)
         by_u = by_h @ of_experts(w1.to(acc), plan.blocks)  # [B, n, D]
         if weight_at == AT_INPUT:
             by_weight = (by_u * u).sum(-1, keepdim=True)

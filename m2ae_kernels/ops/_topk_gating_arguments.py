@@ -109,6 +109,8 @@ def _groups(
 def _check_tensors(
     logits: Tensor, expert_bias: Tensor | None, logit_shift: Tensor | None, mask: Tensor | None
 ) -> None:
+    if expert_bias is None and logit_shift is None and mask is None:
+        return
     leading, E = logits.shape[:-1], logits.shape[-1]
     wide = (torch.float64,) if logits.dtype == torch.float64 else ()
     if expert_bias is not None:

@@ -84,6 +84,7 @@ define(
     fake=_backward_fake,
 )
 _op = torch.ops.m2ae_kernels.topk_gating.default
+_backward_op = torch.ops.m2ae_kernels.topk_gating_backward.default
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -100,6 +101,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.options = (score_function, norm_topk_prob, factor, zero_nan)
 
 
+_NO_GRADIENTS = (None,) * 12  # of the arguments behind logits and logit_shift
+
+
 def _backward(
     ctx: Any,
     grad_weights: Tensor | None,
@@ -111,10 +115,13 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     grads = (grad_weights, grad_logsumexp, grad_entropy, grad_probs_sum)
     needed = list(ctx.needs_input_grad[:2])
-    of_inputs = torch.ops.m2ae_kernels.topk_gating_backward(
-        *grads, *ctx.saved_tensors, *ctx.options, needed
-    )
-    return *(g if need else None for g, need in zip(of_inputs, needed, strict=True)), *(None,) * 12
+    given = (*grads, *ctx.saved_tensors, *ctx.options, needed)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        of_logits, of_shift = _backward_op(*given)  # which refuses to be differentiated
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            of_logits, of_shift = _backward_op(*given)
+    return of_logits if needed[0] else None, of_shift if needed[1] else None, *_NO_GRADIENTS
 
 
 class _Call(torch.autograd.Function):
@@ -122,7 +129,8 @@ class _Call(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output: tuple[Tensor, ...] = _op(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            output: tuple[Tensor, ...] = _op(*inputs)
         _setup_context(ctx, inputs, output)
         return output
 
@@ -135,10 +143,13 @@ def call(*inputs: Any) -> tuple[Tensor, ...]:
     """The registered op, in eager mode with a gradient by way of _Call.
 
     register_autograd makes a Python copy of the schema in every call: of 110 us, forward and
-    backward at T = 16, E = 8, one AMD EPYC (Zen 5) core, torch 2.13, that is 45.
+    backward at T = 16, E = 8, one AMD EPYC (Zen 5) core, torch 2.13, that is 45. Its kernels are in
+    Python too, and stand between a call and the op even where nothing is to be differentiated: that
+    is 5 us of each, so _Call and the backward go below them.
     """
-    needs_grad = torch.is_grad_enabled() and any(
-        isinstance(x, Tensor) and x.requires_grad for x in inputs[:2]
+    logits, logit_shift = inputs[:2]
+    needs_grad = torch.is_grad_enabled() and (
+        logits.requires_grad or (logit_shift is not None and logit_shift.requires_grad)
     )
     output: tuple[Tensor, ...]
     if needs_grad and not torch.compiler.is_compiling():

@@ -18,13 +18,13 @@ needed if act_o is the identity; g = m2 dout_r act_o'(y):
     dx_t = sum_s sum_j du      dshift_s = sum_t sum_j du
 
 (at the input, dw = <du, u>, and then du and u are multiplied by w). Saved are x, h and the routing:
-no mask, no permuted x, no output of an expert. A mask is Philox4x32-10 with key seed[0], counter
+no mask, no permuted x, no output of an expert; on the CPU no h beyond 16 MB, unless there is an
+output activation: the backward computes it again. A mask is Philox4x32-10 with key seed[0], counter
 (slot id, column / 4, 2 seed[1] + which of the two): ops/_philox.py.
 
 Kernels: csrc/cpu/expert_mlp.cpp and expert_mlp_backward.cpp on the CPU, an expert's rows in blocks
-that stay in its cache, with products in float32 for every dtype; m2ae_kernels/triton/expert_mlp.py
-on CUDA, two grouped products and a sum over each token's slots. Elsewhere the reference serves,
-sparsely: ops/_expert_mlp_reference.py.
+that stay in its cache; m2ae_kernels/triton/expert_mlp.py on CUDA, two grouped products and a sum
+over each token's slots. Elsewhere the reference serves, sparsely: ops/_expert_mlp_reference.py.
 Papers: Shazeer et al. 2017, "Outrageously large neural networks"; Guo et al. 2025, "SonicMoE", for
 dw without y, which b2 and both dropouts survive.
 """
@@ -45,7 +45,7 @@ from m2ae_kernels.ops._expert_mlp_arguments import (
     in_one_dtype,
     options_of,
 )
-from m2ae_kernels.ops._expert_mlp_op import registered
+from m2ae_kernels.ops._expert_mlp_op import registered, saves_h
 from m2ae_kernels.ops._moe_routing import MoERouting
 from m2ae_kernels.ops.moe_sort import moe_sort
 
@@ -100,11 +100,12 @@ def expert_mlp(
         b1, b2 and shift. A row without a kept slot is 0, and passes no gradient; its token may
         hold NaN. Gradients of an expert without rows are exactly 0.
 
-    Precision: products and sums are float32 for every dtype, in an order that depends on shapes
-    and routing alone; h, and y before an output activation, are rounded to the dtype of `x`, out
-    and gradients once. On CUDA, where products take 16-bit operands, so is what goes into them or
-    comes from them: u, a, z, g, dh and du; each adds an error of a rounding to those above. float32
-    operands are rounded to tf32 where torch allows its own products that.
+    Precision: sums are float32 for every dtype, in an order that depends on shapes and routing
+    alone; h, and y before an output activation, are rounded to the dtype of `x`, out and gradients
+    once. Factors of products are float32 or, where the machine multiplies it, bfloat16 for a
+    bfloat16 `x`: then u, a and the gradients by h and y are rounded to it too. On CUDA that is so
+    for both dtypes of 16 bits, and each slot's z and du are rounded before they are summed; factors
+    of float32 are rounded to tf32 where torch allows its own products that.
     Under autocast x, w1, w2, b1, b2 and shift are rounded to the autocast dtype. For float64, see
     m2ae_kernels.reference.expert_mlp.
 
@@ -179,4 +180,5 @@ def _expert_mlp_of(
     differentiable = (*inputs[:3], topk_weights, *inputs[3:])
     needs_grad = (t is not None and t.requires_grad for t in differentiable)
     saves = torch.is_grad_enabled() and any(needs_grad)
+    saves = saves and saves_h(x, w1, len(routing.sorted_ids), numbers[1])
     return op(*differentiable, seed, *order, *numbers, saves)[0]

@@ -25,7 +25,7 @@ g_i = dP_i + c dw_i [i in S]:
 Which experts are chosen is piecewise constant: no gradient of that.
 
 The op: _topk_gating_op.py, its reference _topk_gating_reference.py. Kernels:
-csrc/cpu/topk_gating.cpp.
+csrc/cpu/topk_gating.cpp; csrc/cuda/topk_gating.cu, topk_gating_backward.cu.
 Papers: Shazeer et al. 2017, "Outrageously large neural networks", eq. 3-5; Fedus et al. 2021,
 "Switch transformers", for the balance loss that P and the counts make; Zoph et al. 2022, "ST-MoE",
 for the loss on lse; DeepSeek-AI 2024, "DeepSeek-V3", for sigmoid scores, groups and expert_bias.

@@ -102,17 +102,14 @@ def expert_mlp(
         x, w1, w2, topk_weights, b1, b2, shift, seed, sorted_ids, inverse_ids, expert_offsets,
         dropout_p, output_dropout_p, weight_at,
     )  # fmt: skip
-    N, Do, H = len(sorted_ids), *w2.shape[1:]
+    N, Do = len(sorted_ids), w2.shape[1]
     saves_y = saves and output_activation != IDENTITY
     h = x.new_empty(N, w1.shape[1]) if saves else None
     y = x.new_empty(N, Do) if saves_y else None
-    a, z = x.new_empty(N, H), x.new_empty(N, Do)
+    z = x.new_empty(N, Do)
     in_order = given.gather._replace(reads=False, shift=None, weights=None)
     with on_device(x):
-        multiply_rows(
-            given.x, w1.mT, a, given.ends, bias=given.b1, h=h, gather=given.gather,
-            activation=activation, dropping=given.hidden,
-        )  # fmt: skip
+        a = _first_layer(given, activation, h)
         multiply_rows(
             a, w2.mT, z, given.ends, bias=given.b2, h=y, gather=in_order,
             activation=output_activation, rounded=output_activation != IDENTITY,
@@ -140,7 +137,7 @@ def expert_mlp_backward(
     sorted_ids: Tensor,
     inverse_ids: Tensor,
     expert_offsets: Tensor,
-    h: Tensor,  # [N, H or 2 H]
+    h: Tensor,  # [N, H or 2 H], or [0]: computed again
     y: Tensor,  # [N, Do] or [0]
     activation: int,
     output_activation: int,
@@ -164,8 +161,11 @@ def expert_mlp_backward(
     reaches_input = any(t is not None for t in (by_x, by_shift, through_weights))
     with on_device(x):
         g, by_weight = _by_outputs(given, grad, y, output_activation, by_b2)
-        saved = h if h.is_contiguous() else h.contiguous()
-        by_h, a, shares = _by_hidden(given, g, saved, activation, by_b1, by_w2 is not None)
+        if h.dim() == 1:
+            h = x.new_empty(len(sorted_ids), w1.shape[1])
+            _first_layer(given, activation, h)
+        h = h.contiguous()
+        by_h, a, shares = _by_hidden(given, g, h, activation, by_b1, by_w2 is not None)
         if by_w2 is not None and a is not None:
             multiply_depth(g, a, by_w2, given.ends)
         del g, a
@@ -186,6 +186,16 @@ def expert_mlp_backward(
             with_shares = weight_at == AT_OUTPUT and output_activation == IDENTITY
             _by_router(given, by_weight, shares if with_shares else None, by_weights)
     return tuple(x.new_empty(0) if t is None else t for t in made)
+
+
+def _first_layer(given: Inputs, activation: int, h: Tensor | None) -> Tensor:
+    """The activated rows, [N, H]; writes h, [N, H or 2 H], if it is there."""
+    a = given.x.new_empty(len(given.sorted_ids), given.w2.shape[2])
+    multiply_rows(
+        given.x, given.w1.mT, a, given.ends, bias=given.b1, h=h, gather=given.gather,
+        activation=activation, dropping=given.hidden,
+    )  # fmt: skip
+    return a
 
 
 def _by_outputs(

@@ -1,9 +1,9 @@
 // CUDA C++ as g++ understands it, for running .cu files on the CPU (fibers.h is the machine):
 //   g++ -x c++ -std=c++17 -DM2AE_EMU -Itests/emu -I$CUDA_HOME/include file.cu
 // Understood: grids, blocks, static and dynamic shared memory, __syncthreads and its votes,
-// __syncwarp, shuffles, votes, match, atomics, __ldg, the usual intrinsics, bf16 and fp16.
-// Not: inline PTX, CUB, cooperative groups, clusters, textures. Memory is sequentially consistent,
-// so a missing fence is not found.
+// __syncwarp, shuffles, votes, match, maximum of a warp, atomics, __ldg, the usual intrinsics, bf16
+// and fp16. Not: inline PTX, CUB, cooperative groups, clusters, textures. Memory is sequentially
+// consistent, so a missing fence is not found.
 #pragma once
 
 #include <cmath>
@@ -125,6 +125,17 @@ template <typename T>
 unsigned __match_any_sync(unsigned mask, T value) {
   const emu::Round& round = emu::meet(mask, value, "__match_any_sync");
   return emu::lanes_where(round, [&](int lane) { return emu::value_of<T>(round, lane) == value; });
+}
+
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  const emu::Round& round = emu::meet(mask, value, "__reduce_max_sync");
+  unsigned largest = value;
+  for (int lane = 0; lane < emu::kLanes; ++lane) {
+    if (!(round.lanes >> lane & 1)) continue;
+    const unsigned other = emu::value_of<unsigned>(round, lane);
+    if (other > largest) largest = other;
+  }
+  return largest;
 }
 
 // ---- atomics: one OS thread runs the whole grid, so plain read-modify-write is atomic

@@ -48,6 +48,12 @@ __global__ void count_votes(float* sums) {
   sums[threadIdx.x] = float(__popc(votes));
 }
 
+// sums[i] = the largest number of i's warp, whose lanes end at once.
+__global__ void largest(float* sums) {
+  const unsigned mine = (threadIdx.x * 7919u) % 97u;
+  sums[threadIdx.x] = float(__reduce_max_sync(0xffffffffu, mine));
+}
+
 // sums[0] = how many bytes of fresh dynamic shared memory are zero.
 __global__ void count_zeros(float* sums) {
   M2AE_DYNAMIC_SHARED(unsigned char, bytes);
@@ -67,6 +73,7 @@ extern "C" M2AE_VISIBLE void selftest(int which, const float* x, float* sums, in
   if (which == 3) M2AE_LAUNCH((diverging), blocks, kThreads, 0, nullptr, sums);
   if (which == 4) M2AE_LAUNCH((count_zeros), 1, 1, 64, nullptr, sums);
   if (which == 6) M2AE_LAUNCH((count_votes), 1, kThreads, 0, nullptr, sums);
+  if (which == 7) M2AE_LAUNCH((largest), 1, kThreads, 0, nullptr, sums);
   if (which == 5) M2AE_LAUNCH((shuffle_sum), blocks, 2048, 0, nullptr, x, sums);
 }
 

@@ -83,6 +83,7 @@ WRONG = [
         "Outer.inner.rate: expected float, got True",
     ),
     ({"steps": 1, "inner": {"rate": "1e-3"}}, TypeError, "Outer.inner.rate: .*; write 0.001: YAML"),
+    ({"steps": 1, "inner": {"rate": "1e-5"}}, TypeError, r"; write 1\.0e-05: YAML"),
     ({"steps": 1, "inner": {"rate": "fast"}}, TypeError, r"expected float, got 'fast' \(str\)$"),
     (
         {"steps": 1, "inner": {"kind": "cosin"}},

@@ -5,8 +5,8 @@ import re
 import pytest
 import yaml
 
-from m2ae.config import M2AEConfig
-from m2ae.training.recipe import Recipe, TrainConfig, load_recipe
+from m2ae.config import ConnectorConfig, ConnectorLossConfig, M2AEConfig
+from m2ae.training.recipe import ConnectorRecipe, Recipe, TrainConfig, load_recipe
 
 
 def write(tmp_path, text):
@@ -85,3 +85,46 @@ def test_a_missing_file_is_an_error():
 
 def test_defaults_are_a_recipe():
     assert Recipe().model == M2AEConfig()
+
+
+CONNECTOR = "connector: {dims: {image: 4, text: 3}}"
+
+
+def test_a_recipe_with_a_connector_is_of_a_connector(tmp_path):
+    text = f"{CONNECTOR}\nloss: {{alpha: 0.25}}\ndirections: [[text, image]]"
+    recipe = load_recipe(write(tmp_path, text), ["connector.top_k=1", "train.steps=7"])
+    assert recipe == ConnectorRecipe(
+        ConnectorConfig({"image": 4, "text": 3}, top_k=1),
+        directions=(("text", "image"),),
+        loss=ConnectorLossConfig(alpha=0.25),
+        train=TrainConfig(steps=7),
+    )
+    written = write(tmp_path, yaml.safe_dump(recipe.to_dict()))
+    assert load_recipe(written) == recipe
+
+
+def test_shipped_connector_recipe_goes_both_ways():
+    recipe = load_recipe("emoji_connector")
+    assert isinstance(recipe, ConnectorRecipe)
+    assert recipe.directions == (("image", "text"), ("text", "image"))
+    assert recipe.data.manifest == "emoji"
+
+
+@pytest.mark.parametrize(
+    "text,error,message",
+    [
+        (f"{CONNECTOR}\nmodel: {{}}", ValueError, "expected one of 'model' and 'connector', got"),
+        ("conector: {dims: {}}", ValueError, "'conector'; did you mean 'connector'?"),
+        ("connector: {}", ValueError, "recipe.connector.dims: expected a value, got none"),
+        (f"{CONNECTOR}\nloss: {{alfa: 1}}", ValueError, "'alfa'; did you mean 'alpha'?"),
+        (f"{CONNECTOR}\ndata: {{augment: true}}", ValueError, "recipe.data: expected only known"),
+        (f"{CONNECTOR}\ndirections: [[image, txt]]", ValueError, "got 'txt'; did you mean 'text'?"),
+        (f"{CONNECTOR}\ndirections: [[image]]", ValueError, "recipe.directions[0]: expected 2 val"),
+        (f"{CONNECTOR}\ndata: {{manifest: m}}", ValueError, "expected a file with a manifest of"),
+        (f"{CONNECTOR}\ndata: {{features: f}}", ValueError, "and none with 'emoji', got 'f'"),
+        ("model: {}\nloss: {alpha: 1}", ValueError, "recipe: expected only known keys, got 'loss'"),
+    ],
+)
+def test_mistakes_in_a_connectors_recipe_are_named(text, error, message, tmp_path):
+    with pytest.raises(error, match=re.escape(message)):
+        load_recipe(write(tmp_path, text))
