@@ -173,7 +173,7 @@ def expert_mlp_backward(
             multiply_depth(by_h, given.x, by_w1, given.ends, given.gather)
         if reaches_input:
             by_u = x.new_empty(len(sorted_ids), x.shape[1])
-            multiply_rows(by_h, w1, by_u, given.ends)
+            multiply_rows(by_h, w1, by_u, given.ends, rounded=False)
             if weight_at == AT_INPUT:
                 by_weight = _by_weighted_inputs(given, by_u)
             if by_x is not None:
