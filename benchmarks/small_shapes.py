@@ -69,6 +69,58 @@ def experts() -> None:
                     m2ae_kernels.moe_unpermute(rows, routing, weights).sum().backward()
 
 
+def expert_layers() -> None:
+    """Every dtype, tiles of every height, odd widths, weights everywhere; forward and backward."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for T, S, E, k, D in (
+            (1, 1, 1, 1, 1),
+            (33, 2, 5, 2, 24),
+            (60, 1, 4, 2, 64),
+            (700, 1, 9, 4, 17),
+        ):
+            for name, wide in (("gelu", D), ("swiglu", 2 * D)):
+                ids = torch.rand(S * T, E, device="cuda").argsort(1)[:, :k].int()
+                ids[0, 0] = -1
+                shapes = ((T, D), (E, wide, D), (E, D, D), (E, wide), (E, D), (S, D))
+                x, w1, w2, b1, b2, shift = (
+                    torch.randn(shape, device="cuda").to(dtype).requires_grad_() for shape in shapes
+                )
+                weights = torch.rand(S * T, k, device="cuda").requires_grad_()
+                given = {"b1": b1, "b2": b2, "shift": shift, "activation": name}
+                given |= {"dropout_p": 0.1, "output_dropout_p": 0.1}
+                for at, output in (("output", "identity"), ("input", "silu"), ("none", "relu")):
+                    options = {"apply_router_weight": at, "output_activation": output}
+                    out = m2ae_kernels.expert_mlp(x, w1, w2, weights, ids, **given, **options)
+                    out.sum().backward()
+
+
+def grouped_products() -> None:
+    """The four forms, ragged, with empty groups and a tail; forward and backward."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for M, K, C in ((1, 1, 2), (33, 24, 40), (700, 17, 70)):
+            offs = torch.tensor([M // 3, M // 3, M - 1], dtype=torch.int32, device="cuda")
+            shapes = {
+                "2x3": ((M, K), (3, K, C)),
+                "3x2": ((3, C, K), (K, M)),
+                "2x2": ((K, M), (M, C)),
+                "3x3": ((3, M, K), (3, K, C)),
+            }
+            for form, (a, b) in shapes.items():
+                mat_a, mat_b = (
+                    torch.randn(shape, device="cuda").to(dtype).requires_grad_() for shape in (a, b)
+                )
+                given = {} if form == "3x3" else {"offs": offs}
+                for activation in (None, "gelu", "geglu") if form[2] == "3" else (None,):
+                    m2ae_kernels.grouped_mm(
+                        mat_a, mat_b, activation=activation, **given
+                    ).sum().backward()
+            ids = torch.randint(-1, M, (2 * M,), device="cuda")
+            mat_a, mat_b = (
+                torch.randn(s, device="cuda").to(dtype).requires_grad_() for s in shapes["2x3"]
+            )
+            m2ae_kernels.grouped_mm(mat_a, mat_b, offs=offs, a_ids=ids).sum().backward()
+
+
 def gating() -> None:
     """Rows of a thread and of a warp, aligned and not, every score, streams, masks, groups."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -100,6 +152,8 @@ if __name__ == "__main__":
     ema_update()
     contrastive_losses()
     experts()
+    expert_layers()
+    grouped_products()
     gating()
     torch.cuda.synchronize()
     print("all kernels launched")

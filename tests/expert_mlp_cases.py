@@ -139,7 +139,8 @@ def gradients(out, inputs, upstream):
 # them, err by some 2^-24 times the root of that number. For 16 bits, h is rounded to 2^-9 or 2^-12
 # of its value, as is the result; bfloat16 products also round u, a and the gradients by h and y.
 # Five roundings of 2^-9 at most, of which a gradient sees each once, are 2^-6.7; they do not all
-# point the same way, which leaves room for derivatives of activations, of slopes up to 2.
+# point the same way, which leaves room for derivatives of activations, of slopes up to 2, and, on
+# CUDA, for one more, of what each slot adds to a token: six of random signs are 2^-9 sqrt(6).
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 
 

@@ -13,6 +13,7 @@ from expert_mlp_cases import (
     leaves,
     routing_of,
 )
+from interpreter import fewer, interpret_only, interpreted
 
 from m2ae_kernels.ops._activations import ACTIVATIONS
 
@@ -24,7 +25,7 @@ SHAPES = [
     (0, 5, 4, 3, 2, 1),
     (1, 1, 1, 1, 1, 1),
     (7, 16, 8, 16, 3, 3),
-    (33, 31, 67, 13, 5, 2),
+    (33, 43, 67, 37, 5, 2),
     (300, 24, 40, 24, 3, 2),
     (530, 20, 600, 9, 2, 1),
     (1300, 34, 310, 18, 2, 1),
@@ -35,6 +36,11 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("T,D,H,Do,E,k", SHAPES)
 def test_matches_all_experts_on_all_tokens(T, D, H, Do, E, k, dtype, impl):
+    interpret_only(
+        "0-5-4-3-2-1-torch.float32", "1-1-1-1-1-1-torch.bfloat16", "33-43-67-37-5-2-torch.bfloat16",
+        "33-43-67-37-5-2-torch.float32", "7-16-8-16-3-3-torch.float16",
+        "300-24-40-24-3-2-torch.float32", "2-10-103-17-12-4-torch.float32",
+    )  # fmt: skip
     op, device = impl
     inputs, ids = case_of(T, D, H, Do, E, k, device=device, dtype=dtype)
     assert_matches(op, inputs, ids, routing_of(ids, E), dtype)
@@ -52,7 +58,7 @@ def test_activations(activation, impl):
     assert_matches(op, inputs, ids, routing_of(ids, 4), **options)
     if activation not in GLUS:
         options = {"output_activation": activation, "output_dropout_p": 0.2}
-        for at in ("output", "input", "none"):
+        for at in fewer(("output", "input", "none")):
             options["apply_router_weight"] = at
             assert_matches(op, inputs, ids, routing_of(ids, 4), **options)
 
@@ -60,10 +66,11 @@ def test_activations(activation, impl):
 @pytest.mark.parametrize("at", ["output", "input", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_argument_at_once(dtype, at, impl):
+    interpret_only("torch.float32-none", "torch.bfloat16-output", "torch.float16-input")
     op, device = impl
     options = {"activation": "swiglu", "output_activation": "silu", "apply_router_weight": at}
     options |= {"dropout_p": 0.4, "output_dropout_p": 0.1}
-    inputs, ids = case_of(19, 21, 30, 9, 5, 3, device=device, dtype=dtype, S=2, activation="swiglu")
+    inputs, ids = case_of(19, 37, 30, 9, 5, 3, device=device, dtype=dtype, S=2, activation="swiglu")
     routing = routing_of(ids, 5, capacity=20, align=8)
     assert (routing.inverse_ids < 0).any()
     assert_matches(op, inputs, ids, routing, dtype, **options)
@@ -72,6 +79,7 @@ def test_every_argument_at_once(dtype, at, impl):
 @pytest.mark.parametrize("at", ["output", "input", "none"])
 @pytest.mark.parametrize("biases", [(), ("b1",), ("b2",)])
 def test_biases_are_optional(biases, at, impl):
+    interpret_only("biases0-output", "biases1-input", "biases2-none")
     op, device = impl
     inputs, ids = case_of(11, 8, 9, 8, 4, 2, device=device)
     inputs |= {name: None for name in ("b1", "b2") if name not in biases}
@@ -81,6 +89,7 @@ def test_biases_are_optional(biases, at, impl):
 
 @pytest.mark.parametrize("S", [1, 3])
 def test_streams_share_tokens(S, impl):
+    interpret_only("3")
     op, device = impl
     inputs, ids = case_of(13, 8, 9, 7, 4, 2, device=device, S=S)
     assert_matches(op, inputs, ids, routing_of(ids, 4), dropout_p=0.3)
@@ -143,6 +152,7 @@ def test_masked_and_dropped_slots_count_nothing(impl):
 
 @pytest.mark.parametrize("align", [8, 16, 64])
 def test_padding_rows_change_nothing(align, impl):
+    interpret_only("16")
     op, device = impl
     inputs, ids = case_of(20, 8, 9, 7, 4, 2, device=device)
     assert_matches(op, inputs, ids, routing_of(ids, 4, align=align), dropout_p=0.3)
@@ -152,6 +162,7 @@ def test_padding_rows_change_nothing(align, impl):
     "chosen", [[0, 1], [1, 2], [2, 3], [3, 0]], ids=["last", "first", "first two", "middle"]
 )
 def test_gradients_of_empty_experts_are_exact_zeros(chosen, impl):
+    interpret_only("last", "middle")
     op, device = impl
     inputs, ids = case_of(16, 8, 9, 7, 4, 2, device=device)
     ids[:] = torch.tensor(chosen, dtype=torch.int32)
@@ -165,7 +176,8 @@ def test_gradients_of_empty_experts_are_exact_zeros(chosen, impl):
 
 def test_expert_of_one_row_and_of_many(impl):
     op, device = impl
-    inputs, ids = case_of(5000, 3, 4, 2, 3, 1, device=device)
+    T = 500 if interpreted() else 5000
+    inputs, ids = case_of(T, 3, 4, 2, 3, 1, device=device)
     ids[:] = 2
     ids[77] = 1
     assert_matches(op, inputs, ids, routing_of(ids, 3))

@@ -17,7 +17,11 @@ import triton_selftest
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from m2ae_kernels.ops._activations import ACTIVATIONS, IDENTITY, is_glu
+from m2ae_kernels.ops._expert_mlp_reference import AT_INPUT, AT_OUTPUT
 from m2ae_kernels.triton import _device
+
+GELU, SILU, SWIGLU = (ACTIVATIONS.index(name) for name in ("gelu", "silu", "swiglu"))
 
 TYPES = {
     torch.float32: "fp32",
@@ -120,6 +124,54 @@ def siglip_loss(dtype, D, same_id=0, every_option=False, allow_tf32=False):
     module.siglip_loss_backward(grad, *inputs, rnorm_q, rnorm_k, *options, *limits, [True] * 4)
 
 
+def expert_mlp(dtype, D, rows, activation, *, every_option=False, needs=(True,) * 7, tf32=False):
+    """`rows` for each expert on average; the plain call, or everything there is.
+
+    A width of 1 comes with one expert per token and in all, which are constants then, too.
+    """
+    module = importlib.import_module("m2ae_kernels.triton.expert_mlp")
+    E, k, S = *((4, 2) if D > 1 else (1, 1)), 2 if every_option else 1
+    T = rows * E // k // S
+    ids = torch.arange(T * S * k, dtype=torch.int32)
+    wide = 2 * D if is_glu(activation) else D
+
+    def zeros(*shape):
+        return torch.zeros(shape, dtype=dtype)
+
+    inputs = (
+        *(zeros(T, D), zeros(E, wide, D), zeros(E, D, D), torch.zeros(T * S, k)),
+        *(zeros(E, wide), zeros(E, D), zeros(S, D) if every_option else None),
+        torch.zeros(2, dtype=torch.int64),
+        *(ids, ids.view(-1, k), torch.zeros(E + 1, dtype=torch.int32)),
+    )
+    output, weight_at = (SILU, AT_INPUT) if every_option else (IDENTITY, AT_OUTPUT)
+    options = (activation, output, 0.1, 0.1 if every_option else 0.0, weight_at)
+    with mock.patch.object(_device, "allows_tf32", return_value=tf32):
+        out, h, y = module.expert_mlp(*inputs, *options, True)
+        given = (h, y, *options, list(needs))
+        module.expert_mlp_backward(torch.zeros_like(out), *inputs, *given)
+
+
+def grouped_mm(dtype, form, D, activation=IDENTITY, *, gathered=False, tf32=False):
+    """Forward and backward of a form, with a bias where there may be one."""
+    module = importlib.import_module("m2ae_kernels.triton.grouped_mm")
+    E, M = 4, 800
+    shapes = {
+        "2x3": ((M, D), (E, D, 2 * D)),
+        "3x2": ((E, D, D), (D, M)),
+        "2x2": ((D, M), (M, D)),
+        "3x3": ((E, M, D), (E, D, 2 * D)),
+    }[form]
+    mat_a, mat_b = (torch.zeros(shape, dtype=dtype) for shape in shapes)
+    offs = None if form == "3x3" else torch.zeros(E, dtype=torch.int32)
+    bias = torch.zeros(E, 2 * D, dtype=dtype) if form[2] == "3" else None
+    a_ids = torch.zeros(M, dtype=torch.int32) if gathered else None
+    inputs = (mat_a, mat_b, offs, bias, a_ids)
+    with mock.patch.object(_device, "allows_tf32", return_value=tf32):
+        out, h = module.grouped_mm(*inputs, activation, dtype, activation != IDENTITY)
+        module.grouped_mm_backward(torch.zeros_like(out), *inputs, h, activation, [True] * 3)
+
+
 half, single = torch.bfloat16, torch.float32
 # The plain loss, by descriptor where there are any and, for an odd width, by pointer; every option,
 # of which one kind of id takes the most registers; the other dtypes; a width of 1, a constant.
@@ -142,6 +194,39 @@ CALLS = [
 ]
 CALLS.append(functools.partial(info_nce_loss, half, 64, every_option=True, same_id=2, ranks=True))
 CALLS.append(functools.partial(info_nce_loss, half, 64, ranks=True))
+# Experts: every height of a tile with the activation that takes the most registers; every option;
+# widths that are no multiple of 16 bytes, and of 1; the other dtypes.
+ROUTER_ALONE = tuple(i == 3 for i in range(7))
+CALLS += [
+    functools.partial(expert_mlp, dtype, D, rows, activation, **given)
+    for dtype, D, rows, activation, given in (
+        (half, 256, 200, GELU, {}),
+        (half, 256, 200, SWIGLU, {"every_option": True}),
+        (half, 64, 50, SWIGLU, {"needs": ROUTER_ALONE}),
+        (half, 64, 30, SWIGLU, {"needs": ROUTER_ALONE}),
+        (half, 64, 10, SWIGLU, {"needs": ROUTER_ALONE}),
+        (half, 36, 200, SWIGLU, {}),
+        (torch.float16, 64, 200, GELU, {"needs": ROUTER_ALONE}),
+        (single, 64, 200, SWIGLU, {"every_option": True}),
+        (single, 1, 10, GELU, {}),
+        (single, 64, 200, SWIGLU, {"every_option": True, "tf32": True}),
+        (single, 64, 50, SWIGLU, {"needs": ROUTER_ALONE, "tf32": True}),
+        (single, 64, 10, SWIGLU, {"needs": ROUTER_ALONE, "tf32": True}),
+    )
+]
+CALLS += [
+    functools.partial(grouped_mm, dtype, form, D, *given, **options)
+    for dtype, form, D, given, options in (
+        (half, "2x3", 64, [SWIGLU], {"gathered": True}),
+        (half, "2x3", 36, [GELU], {}),
+        (half, "3x2", 64, [], {}),
+        (half, "2x2", 64, [], {}),
+        (half, "3x3", 64, [GELU], {}),
+        (single, "2x3", 64, [SWIGLU], {"gathered": True}),
+        (single, "3x2", 64, [], {"tf32": True}),
+        (single, "2x2", 64, [], {"tf32": True}),
+    )
+]
 
 SELFTEST = {
     "fits": [

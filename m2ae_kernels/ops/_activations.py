@@ -38,6 +38,12 @@ def is_glu(activation: int) -> bool:
     return ACTIVATIONS[activation] in _GATES
 
 
+def gate_of(activation: int) -> str:
+    """The activation of the gate of a gated unit; of any other, itself."""
+    name = ACTIVATIONS[activation]
+    return _GATES.get(name, name)
+
+
 def activation_id(op: str, name: str, activation: str, *, glu: bool = True) -> int:
     """The place of `activation`, the value of the op's argument `name`, in ACTIVATIONS."""
     allowed = [known for known in ACTIVATIONS if glu or known not in _GATES]

@@ -3,8 +3,7 @@
 With `saves`, expert_mlp returns what its backward needs beside its inputs: h [N, H or 2 H], and y
 [N, Do] if there is an output activation; both before the activation, in the dtype of x, 0 in rows
 without a slot. Otherwise, and for gradients that output_mask does not ask for, an output is empty.
-The backwards on the CPU and of the reference compute an empty h again; saves_h() says when it is to
-be. y they cannot do without.
+Backwards compute an empty h again; saves_h() says when it is to be. y they cannot do without.
 Activations are their places in _activations.ACTIVATIONS; weight_at is AT_OUTPUT, AT_INPUT or
 NOWHERE of _expert_mlp_reference.py.
 """

@@ -23,7 +23,8 @@ output activation: the backward computes it again. A mask is Philox4x32-10 with 
 (slot id, column / 4, 2 seed[1] + which of the two): ops/_philox.py.
 
 Kernels: csrc/cpu/expert_mlp.cpp and expert_mlp_backward.cpp on the CPU, an expert's rows in blocks
-and their hidden channels in panels that stay in its cache. Elsewhere the reference serves,
+and their hidden channels in panels that stay in its cache; m2ae_kernels/triton/expert_mlp.py on
+CUDA, two grouped products and a sum over each token's slots. Elsewhere the reference serves,
 sparsely: ops/_expert_mlp_reference.py.
 Papers: Shazeer et al. 2017, "Outrageously large neural networks"; Guo et al. 2025, "SonicMoE", for
 dw without y, which b2 and both dropouts survive.
@@ -103,7 +104,9 @@ def expert_mlp(
     Precision: sums are float32 for every dtype, in an order that depends on shapes and routing
     alone; h, and y before an output activation, are rounded to the dtype of `x`, out and gradients
     once. Factors of products are float32 or, where the machine multiplies it, bfloat16 for a
-    bfloat16 `x`: then u, a and the gradients by h and y are rounded to it too.
+    bfloat16 `x`: then u, a and the gradients by h and y are rounded to it too. On CUDA that is so
+    for both dtypes of 16 bits, and each slot's z and du are rounded before they are summed; factors
+    of float32 are rounded to tf32 where torch allows its own products that.
     Under autocast x, w1, w2, b1, b2 and shift are rounded to the autocast dtype. For float64, see
     m2ae_kernels.reference.expert_mlp.
 

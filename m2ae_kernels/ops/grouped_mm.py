@@ -12,7 +12,8 @@ The backward of each consists of others: for the first, with g = dout act'(h), d
 dB_e = A_e^T g_e over the rows of e, dbias_e = sum of g over the same rows.
 
 Kernels: csrc/cpu/grouped_mm.cpp and grouped_mm_backward.cpp on the CPU, with products in float32
-for every dtype. Elsewhere the reference serves, sparsely: ops/_grouped_mm_reference.py.
+for every dtype; m2ae_kernels/triton/grouped_mm.py on CUDA. Elsewhere the reference serves,
+sparsely: ops/_grouped_mm_reference.py.
 Like torch.nn.functional.grouped_mm, of which it is a superset; Gale et al. 2022, "MegaBlocks".
 """
 
@@ -63,8 +64,9 @@ def grouped_mm(
         and bias; gradients of an empty group, and of what is not read, are exactly 0.
 
     Precision: products and sums are float32 for every dtype, rounded to `out_dtype` once, and, if
-    there is an activation, once more before it. Under autocast mat_a, mat_b and bias are rounded
-    to the autocast dtype. For float64, see m2ae_kernels.reference.grouped_mm.
+    there is an activation, once more before it. On CUDA g is rounded to the dtype of `mat_a`, and
+    float32 operands to tf32 where torch allows its own products that. Under autocast mat_a, mat_b
+    and bias are rounded to the autocast dtype. For float64, see m2ae_kernels.reference.grouped_mm.
 
     Raises:
         ValueError: shapes do not fit, offs is missing or superfluous, an epilogue is asked for

@@ -22,3 +22,9 @@ def capability(x: Tensor) -> tuple[int, int]:
 def is_interpreted(x: Tensor) -> bool:
     """Whether Triton's interpreter runs the kernels."""
     return capability(x)[0] == 0
+
+
+def allows_tf32(x: Tensor) -> bool:
+    """Whether torch lets products of float32 round to tf32 where x is."""
+    # Unlike matmul.allow_tf32, this may be read whichever way the setting was made.
+    return x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
