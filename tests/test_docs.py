@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+import m2ae
 import m2ae_kernels
 
 PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+NAMESPACES = (m2ae, m2ae_kernels, m2ae_kernels.nn)
 EXAMPLES = [
     pytest.param(example, id=f"{page.stem}-{i}")
     for page in PAGES
@@ -19,6 +21,8 @@ EXAMPLES = [
 def test_example_runs(example):
     if "import transformers" in example:
         pytest.importorskip("transformers", minversion="5.9")
+    if "m2ae-run/checkpoint" in example:
+        pytest.skip("tests/cli/test_cli_connector.py runs it, after the training it follows")
     exec(example, {})
 
 
@@ -28,5 +32,4 @@ def test_names_exist(page):
     for name in re.findall(r"`nn\.(\w+)", text):
         assert hasattr(m2ae_kernels.nn, name), name
     for name in re.findall(r"`(?:m2ae_kernels\.)?(\w+)\(", text):
-        known = name in m2ae_kernels.__all__ or hasattr(m2ae_kernels.nn, name)
-        assert known, name
+        assert any(hasattr(namespace, name) for namespace in NAMESPACES), name
