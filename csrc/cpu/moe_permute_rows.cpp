@@ -3,7 +3,6 @@
 #include <cstring>
 
 #include "../floating_element.h"
-#include "workspace.h"
 
 #if defined(__SSE2__)
 #include <emmintrin.h>
@@ -11,8 +10,6 @@
 
 namespace m2ae::cpu {
 namespace {
-
-constexpr int64_t kPooledBytes = int64_t(1) << 20;  // malloc keeps smaller blocks by itself
 
 Tensor with_runs(const char* op, const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(
@@ -80,13 +77,6 @@ SlotWeights::SlotWeights(const char* op, const Tensor* weights, const SortedSlot
   tensor_.push_back(torch::stable::contiguous(*weights));
   static const float none = 0;
   data_ = slots.rows() == 0 ? &none : tensor_[0].const_data_ptr<float>();
-}
-
-Tensor empty_rows(const Tensor& like, int64_t rows, int64_t width, ScalarType dtype) {
-  const int64_t bytes = rows * width * (dtype == ScalarType::Float ? 4 : 2);
-  if (bytes < kPooledBytes) return torch::stable::new_empty(like, {rows, width}, dtype);
-  return torch::stable::from_blob(
-      take_block(size_t(bytes)), {rows, width}, {width, 1}, like.device(), dtype, &give_block);
 }
 
 void copy_row(void* to, const void* from, int64_t bytes, bool streams) {

@@ -1,5 +1,5 @@
-// Rows that moe_permute and moe_unpermute move: matrices and routings as raw memory, outputs in
-// reused memory, and how the work is shared among threads.
+// Rows that moe_permute and moe_unpermute move: matrices and routings as raw memory, and how the
+// work is shared among threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../element.h"
+#include "empty_rows.h"
 
 namespace m2ae::cpu {
 
@@ -89,10 +90,6 @@ class SlotWeights {
   const float* data_ = nullptr;
   int64_t slots_;
 };
-
-// Uninitialized [rows, width]. A large one is of the pool and goes back there when its last owner
-// lets go of it, so that the next step touches no fresh pages.
-Tensor empty_rows(const Tensor& like, int64_t rows, int64_t width, ScalarType dtype);
 
 // Copies past the caches if `streams`; a thread that did calls finish_streams() before it ends.
 void copy_row(void* to, const void* from, int64_t bytes, bool streams);

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "empty_rows.h"
 #include "isa.h"
 #include "workspace.h"
 
