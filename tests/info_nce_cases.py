@@ -195,3 +195,14 @@ def _sizes(query, key, scale, dlogits, **given):
         terms = dlogits * (x @ y.mT)
         # One number, and not the norm of many: four standard deviations.
         return sizes | {"scale": (terms.abs().sum(), 4 * terms.norm())}
+
+
+def on_cuda(N, M):
+    """Targets, masks and ids of N queries and M keys, on a GPU."""
+    return {
+        "target": torch.arange(N, device="cuda") % 7,
+        "query_mask": torch.arange(N, device="cuda") % 5 != 1,
+        "key_mask": torch.arange(M, device="cuda") % 6 != 1,
+        "query_ids": torch.arange(N, device="cuda") % 9,
+        "key_ids": torch.arange(M, device="cuda") % 11,
+    }

@@ -3,20 +3,10 @@
 import pytest
 import torch
 from gpu_streams import captured, own_stream
-from info_nce_cases import EPS, exact, features, number
+from info_nce_cases import EPS, exact, features, number, on_cuda
 from torch.testing import assert_close
 
 pytestmark = pytest.mark.gpu
-
-
-def masks(N, M):
-    return {
-        "target": torch.arange(N, device="cuda") % 7,
-        "query_mask": torch.arange(N, device="cuda") % 5 != 1,
-        "key_mask": torch.arange(M, device="cuda") % 6 != 1,
-        "query_ids": torch.arange(N, device="cuda") % 9,
-        "key_ids": torch.arange(M, device="cuda") % 11,
-    }
 
 
 @pytest.mark.parametrize("same_id", ["negative", "ignore", "positive"])
@@ -25,7 +15,7 @@ def test_no_sync(dtype, same_id, on_gpu, no_sync):
     query, key = features(300, 400, D=64, device="cuda", dtype=dtype)
     scale, weight = number(14.3, "cuda"), torch.rand(300, device="cuda")
     given = {"normalize": True, "same_id": same_id, "weight": weight, "label_smoothing": 0.1}
-    given |= {"return_metrics": True, **masks(300, 400)}
+    given |= {"return_metrics": True, **on_cuda(300, 400)}
     on_gpu(query, key, scale, **given)[0].backward()  # compiles, which may wait
     no_sync()
     loss, _ = on_gpu(query, key, scale, **given)
@@ -36,7 +26,7 @@ def test_no_sync(dtype, same_id, on_gpu, no_sync):
 def test_forward_and_backward_in_one_graph(dtype, on_gpu):
     query, key = features(300, 400, D=64, device="cuda", dtype=dtype)
     scale = number(14.3, "cuda")
-    given = {"normalize": True, **masks(300, 400)}
+    given = {"normalize": True, **on_cuda(300, 400)}
 
     def step():
         loss = on_gpu(query, key, scale, **given)

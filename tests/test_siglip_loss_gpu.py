@@ -3,6 +3,7 @@
 import pytest
 import torch
 from gpu_streams import captured, own_stream
+from info_nce_cases import on_cuda
 from test_siglip_loss import features, numbers
 from torch.testing import assert_close
 
@@ -10,14 +11,7 @@ pytestmark = pytest.mark.gpu
 
 
 def pairing(N, M):
-    return {
-        "target": torch.arange(N, device="cuda") % 7,
-        "query_mask": torch.arange(N, device="cuda") % 5 != 1,
-        "key_mask": torch.arange(M, device="cuda") % 6 != 1,
-        "query_ids": torch.arange(N, device="cuda") % 9,
-        "key_ids": torch.arange(M, device="cuda") % 11,
-        "weight": torch.rand(N, device="cuda"),
-    }
+    return {**on_cuda(N, M), "weight": torch.rand(N, device="cuda")}
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
