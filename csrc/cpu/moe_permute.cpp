@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor> moe_permute_cpu(
   const SlotWeights weights(kOp, pointer_to(topk_weights), slots);
   const int64_t S = streams_of(kOp, slots.rows(), T), k = slots.slots(), bytes = from.row_bytes();
 
-  Tensor rows = empty_rows(x, N, D, from.dtype());
+  Tensor rows = pooled_tensor(x, {N, D}, from.dtype());
   Tensor row_weights = torch::stable::new_empty(x, {weights.given() ? N : 0}, ScalarType::Float);
   auto* const to = static_cast<char*>(rows.mutable_data_ptr());
   auto* const of_rows = static_cast<float*>(row_weights.mutable_data_ptr());
@@ -60,7 +60,7 @@ Tensor gradient_of_tokens(const Tensor& grad_rows, const Tensor& inverse_ids, in
   const Rows from(kOp, "grad_rows", grad_rows);
   const SortedSlots slots(kOp, nullptr, inverse_ids, from.rows());
   const int64_t S = streams_of(kOp, slots.rows(), T), k = slots.slots(), D = from.width();
-  Tensor grad_x = empty_rows(grad_rows, T, D, from.dtype());
+  Tensor grad_x = pooled_tensor(grad_rows, {T, D}, from.dtype());
   auto* const to = static_cast<char*>(grad_x.mutable_data_ptr());
   const auto sum = kernels().moe_combine[int(from.element())];
   share(T, (S * k + 1) * from.row_bytes(), [&](int64_t begin, int64_t end) {

@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "../element.h"
-#include "empty_rows.h"
+#include "pooled_tensor.h"
 
 namespace m2ae::cpu {
 

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "../moe_arguments.h"
+#include "pooled_tensor.h"
 #include "workspace.h"
 
 namespace m2ae::cpu {
@@ -201,8 +202,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_sort_cpu(
   const MoeSortOptions options(topk_ids, num_experts, capacity, drop_policy, topk_weights, align);
   const int64_t n = options.slots, k = options.k, E = options.E, N = options.N;
   const Tensor ids = torch::stable::contiguous(topk_ids);
-  Tensor sorted_ids = torch::stable::new_empty(topk_ids, {N});
-  Tensor inverse_ids = torch::stable::new_empty(topk_ids, {options.R, k});
+  Tensor sorted_ids = pooled_tensor(topk_ids, {N}, ScalarType::Int);
+  Tensor inverse_ids = pooled_tensor(topk_ids, {options.R, k}, ScalarType::Int);
   Tensor expert_offsets = torch::stable::new_empty(topk_ids, {E + 1});
   Tensor tokens_per_expert = torch::stable::new_empty(topk_ids, {E});
   auto* const sorted = static_cast<int32_t*>(sorted_ids.mutable_data_ptr());

@@ -82,7 +82,7 @@ Tensor moe_unpermute_cpu(
     const std::optional<Tensor>& topk_weights /* [R, k] */,
     const std::optional<Tensor>& residual /* [R, D] */) {
   const Combine combine(y, sorted_ids, inverse_ids, topk_weights, residual);
-  Tensor out = empty_rows(y, combine.slots.rows(), combine.y.width(), combine.y.dtype());
+  Tensor out = pooled_tensor(y, {combine.slots.rows(), combine.y.width()}, combine.y.dtype());
   combine(out.mutable_data_ptr());
   return out;
 }
@@ -133,7 +133,7 @@ class Gradients {
 
   std::tuple<Tensor, Tensor> operator()(const Tensor& like) const {
     const int64_t N = slots_.sorted_rows(), R = slots_.rows(), k = slots_.slots();
-    Tensor of_y = of_y_ ? empty_rows(like, N, grad_.width(), grad_.dtype())
+    Tensor of_y = of_y_ ? pooled_tensor(like, {N, grad_.width()}, grad_.dtype())
                         : torch::stable::new_empty(like, {0});
     Tensor of_weights = of_weights_ ? torch::stable::new_empty(like, {R, k}, ScalarType::Float)
                                     : torch::stable::new_empty(like, {0}, ScalarType::Float);

@@ -106,8 +106,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_gating_cpu(
   std::optional<Tensor> bias;
   if (expert_bias) bias = gating_tensor("expert_bias", *expert_bias, ScalarType::Float, E);
   constexpr ScalarType kFloat = ScalarType::Float, kInt = ScalarType::Int;
-  Tensor weights = empty_rows(logits, R, top_k, kFloat);
-  Tensor ids = empty_rows(logits, R, top_k, kInt);
+  Tensor weights = pooled_tensor(logits, {R, top_k}, kFloat);
+  Tensor ids = pooled_tensor(logits, {R, top_k}, kInt);
   Tensor logsumexp = torch::stable::new_empty(logits, {R}, kFloat);
   Tensor entropy = torch::stable::new_empty(logits, {return_entropy ? R : 0}, kFloat);
   Tensor probs_sum = torch::stable::new_empty(logits, {return_probs_sum ? E : 0}, kFloat);

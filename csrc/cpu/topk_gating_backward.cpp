@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> topk_gating_backward_cpu(
   STD_TORCH_CHECK(1 <= k && k <= E, "topk_gating: expected 1 <= k <= ", E, ", got ", k);
   const Tensor ids = gating_tensor("topk_ids", topk_ids, ScalarType::Int, R * k);
   const bool has_shift = output_mask[1] && logit_shift;
-  Tensor grad_logits = output_mask[0] ? empty_rows(logits, given.T, E, logits.scalar_type())
+  Tensor grad_logits = output_mask[0] ? pooled_tensor(logits, {given.T, E}, logits.scalar_type())
                                       : torch::stable::new_empty(logits, {0}, logits.scalar_type());
   constexpr ScalarType kFloat = ScalarType::Float;
   const ScalarType of_shift = has_shift ? logit_shift->scalar_type() : kFloat;

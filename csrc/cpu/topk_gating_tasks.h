@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <optional>
 
-#include "empty_rows.h"
+#include "pooled_tensor.h"
 #include "isa.h"
 #include "workspace.h"
 
