@@ -2,7 +2,9 @@
 
 import contextlib
 import importlib
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import cuda_toolkit
@@ -18,6 +20,11 @@ ROOT = Path(__file__).parents[1]
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must precede the first `import triton`
+if importlib.util.find_spec("torchvision") is not None:
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:  # built for another torch: to transformers it is as good as absent
+        sys.modules["torchvision"] = None  # type: ignore[assignment]
 # Tests are small: a second thread costs more than it brings, above all on a busy machine.
 torch.set_num_threads(1)
 
