@@ -9,8 +9,8 @@
 #include <algorithm>
 #include <optional>
 
-#include "pooled_tensor.h"
 #include "isa.h"
+#include "pooled_tensor.h"
 #include "workspace.h"
 
 namespace m2ae::cpu {
