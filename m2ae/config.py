@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from m2ae import dataclass_io
 
@@ -32,6 +32,32 @@ def _check_transformer(config: "ImageConfig | TextConfig", width: int) -> None:
     is_divisor = config.heads >= 1 and width % config.heads == 0
     _check(config, "heads", is_divisor, f"a divisor of the width {width}")
     _check(config, "mlp_ratio", config.mlp_ratio > 0, "a number above 0")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What the config of every model can do."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as nested dictionaries and lists; `from_dict` gives an equal one back."""
+        return dataclass_io.to_dict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Build and check a config from nested dictionaries; see `m2ae.dataclass_io.from_dict`.
+
+        Args:
+            data: one key per field; what is left out has its default, if the field has one.
+
+        Returns:
+            The config.
+
+        Raises:
+            ValueError: a key is missing or unknown (the nearest one is named), or a value is out of
+                range.
+            TypeError: a value has another type than its field.
+        """
+        return dataclass_io.from_dict(cls, data)
 
 
 @dataclass(frozen=True)
@@ -157,7 +183,7 @@ class LossWeights:
 
 
 @dataclass(frozen=True)
-class M2AEConfig:
+class M2AEConfig(ModelConfig):
     """A whole model."""
 
     latent_dim: int = 512  # channels of the latent
@@ -170,26 +196,6 @@ class M2AEConfig:
 
     def __post_init__(self) -> None:
         _check(self, "latent_dim", self.latent_dim >= 2, "2 channels or more")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The config as nested dictionaries and lists; `from_dict` gives an equal one back."""
-        return dataclass_io.to_dict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "M2AEConfig":
-        """Build and check a config from nested dictionaries; see `m2ae.dataclass_io.from_dict`.
-
-        Args:
-            data: one key per field; what is left out has its default.
-
-        Returns:
-            The config.
-
-        Raises:
-            ValueError: a key is unknown (the nearest one is named) or a value is out of range.
-            TypeError: a value has another type than its field.
-        """
-        return dataclass_io.from_dict(cls, data)
 
     @classmethod
     def preset(cls, name: str) -> "M2AEConfig":
@@ -213,7 +219,7 @@ class M2AEConfig:
 
 
 @dataclass(frozen=True)
-class ConnectorConfig:
+class ConnectorConfig(ModelConfig):
     """A mixture-of-experts connector between the latents of modalities."""
 
     dims: dict[str, int]  # channels of each modality's latents; two modalities or more
@@ -234,27 +240,6 @@ class ConnectorConfig:
         is_share = 1 <= self.top_k <= self.num_experts
         _check(self, "top_k", is_share, f"1 to num_experts = {self.num_experts}")
         _check(self, "dropout", 0 <= self.dropout < 1, "a share in [0, 1)")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The config as nested dictionaries and lists; `from_dict` gives an equal one back."""
-        return dataclass_io.to_dict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "ConnectorConfig":
-        """Build and check a config from a dictionary; see `m2ae.dataclass_io.from_dict`.
-
-        Args:
-            data: one key per field; what is left out has its default.
-
-        Returns:
-            The config.
-
-        Raises:
-            ValueError: `dims` is missing, a key is unknown (the nearest one is named) or a value is
-                out of range.
-            TypeError: a value has another type than its field.
-        """
-        return dataclass_io.from_dict(cls, data)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
 // which are added up in the order of the rows.
 #include <tuple>
 
+#include "../topk_gating_choice.h"
 #include "topk_gating_tasks.h"
 
 namespace m2ae::cpu {
@@ -62,23 +63,7 @@ void run_forward(
   add_up(sums, tasks, E, probs_sum, counts);
 }
 
-// What the loops rely on; the public function says it better.
-void check_choice(const GatingForward& given, int64_t score_function) {
-  const int64_t E = given.E, k = given.k, G = given.n_group, kept = given.topk_group;
-  STD_TORCH_CHECK(
-      E <= 1024 && 1 <= k && k <= E && 0 <= score_function && score_function < kScoreFunctions,
-      "topk_gating: expected E <= 1024, 1 <= top_k <= E and a score function, got E = ",
-      E,
-      ", top_k = ",
-      k);
-  STD_TORCH_CHECK(
-      G >= 1 && E % G == 0 && 1 <= kept && kept <= G && 1 <= given.group_best &&
-          given.group_best <= E / G && k <= kept * (E / G),
-      "topk_gating: expected groups with top_k experts, got n_group = ",
-      G,
-      ", topk_group = ",
-      kept);
-}
+static_assert(kScoreFunctions == kGatingScores);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_gating_cpu(
     const Tensor& logits /* [T, E] */,
@@ -102,7 +87,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_gating_cpu(
   given.n_group = n_group;
   given.topk_group = topk_group;
   given.group_best = group_best;
-  check_choice(given, score_function);
+  check_gating_choice(E, top_k, score_function);
+  check_gating_groups(E, top_k, n_group, topk_group, group_best);
   std::optional<Tensor> bias;
   if (expert_bias) bias = gating_tensor("expert_bias", *expert_bias, ScalarType::Float, E);
   constexpr ScalarType kFloat = ScalarType::Float, kInt = ScalarType::Int;

@@ -3,6 +3,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../topk_gating_choice.h"
 #include "topk_gating_tasks.h"
 
 namespace m2ae::cpu {
@@ -52,11 +53,10 @@ std::tuple<Tensor, Tensor> topk_gating_backward_cpu(
   GatingBackward given{tensors.input};
   const int64_t E = given.E, R = given.S * given.T;
   STD_TORCH_CHECK(
-      output_mask.size() == 2 && topk_ids.dim() == 2 && 0 <= score_function &&
-          score_function < kScoreFunctions && 1 <= E && E <= 1024,
-      "topk_gating: expected topk_ids [R, k], a score function, 1 <= E <= 1024 and 2 flags");
+      output_mask.size() == 2 && topk_ids.dim() == 2,
+      "topk_gating: expected topk_ids [R, k] and 2 flags");
   const int64_t k = topk_ids.size(1);
-  STD_TORCH_CHECK(1 <= k && k <= E, "topk_gating: expected 1 <= k <= ", E, ", got ", k);
+  check_gating_choice(E, k, score_function);
   const Tensor ids = gating_tensor("topk_ids", topk_ids, ScalarType::Int, R * k);
   const bool has_shift = output_mask[1] && logit_shift;
   Tensor grad_logits = output_mask[0] ? pooled_tensor(logits, {given.T, E}, logits.scalar_type())

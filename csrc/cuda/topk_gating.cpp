@@ -7,17 +7,6 @@
 namespace m2ae::cuda {
 namespace {
 
-// What the kernels rely on; the public function says it better.
-void check_groups(int64_t E, int64_t k, int64_t n_group, int64_t topk_group, int64_t group_best) {
-  STD_TORCH_CHECK(
-      n_group >= 1 && E % n_group == 0 && 1 <= topk_group && topk_group <= n_group &&
-          1 <= group_best && group_best <= E / n_group && k <= topk_group * (E / n_group),
-      "topk_gating: expected groups with top_k experts, got n_group = ",
-      n_group,
-      ", topk_group = ",
-      topk_group);
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_gating_cuda(
     const Tensor& logits /* [T, E] */,
     const std::optional<Tensor>& logit_shift,  // [S, E]
@@ -38,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_gating_cuda(
   GatingForward given{};
   tensors.read(given, logits, logit_shift, token_mask, top_k, score_function);
   const int64_t E = given.E, R = given.S * given.T;
-  check_groups(E, top_k, n_group, topk_group, group_best);
+  check_gating_groups(E, top_k, n_group, topk_group, group_best);
   given.bias = tensors.floats("expert_bias", expert_bias, E);
   constexpr ScalarType kFloat = ScalarType::Float, kInt = ScalarType::Int;
   Tensor weights = torch::stable::new_empty(logits, {R, top_k}, kFloat);

@@ -10,12 +10,10 @@
 
 namespace m2ae::cuda {
 
-constexpr int kGatingMaxExperts = 1024;   // 32 for each lane of a warp
 constexpr int kGatingThreadExperts = 32;  // more than so many are shared by the lanes of a warp
 
 // In the order of m2ae_kernels/ops/_topk_gating_reference.py
 enum GatingScore : int { kSoftmax = 0, kSigmoid = 1, kSqrtSoftplus = 2 };
-constexpr int kGatingScores = 3;
 
 // Of the shapes alone, so that sums are cut the same way on every device.
 struct GatingGrid {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../floating_element.h"
+#include "../topk_gating_choice.h"
 #include "host.h"
 #include "topk_gating.h"
 
@@ -31,15 +32,7 @@ class GatingTensors {
     STD_TORCH_CHECK(logits.dim() == 2, "topk_gating: expected logits [T, E]");
     input.T = logits.size(0);
     const int64_t E = logits.size(1);
-    STD_TORCH_CHECK(
-        E <= kGatingMaxExperts && 1 <= top_k && top_k <= E && 0 <= score_function &&
-            score_function < kGatingScores,
-        "topk_gating: expected E <= ",
-        kGatingMaxExperts,
-        ", 1 <= top_k <= E and a score function, got E = ",
-        E,
-        ", top_k = ",
-        top_k);
+    check_gating_choice(E, top_k, score_function);
     input.E = int(E);
     input.k = int(top_k);
     input.score = GatingScore(score_function);

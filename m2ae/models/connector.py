@@ -20,8 +20,6 @@ projected key that its code has and its equations leave out; without its flaw of
 padding.
 """
 
-from pathlib import Path
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -29,15 +27,15 @@ from torch import Tensor, nn
 
 from m2ae.config import ConnectorConfig
 from m2ae.dataclass_io import hint
-from m2ae.models import pretrained
 from m2ae.models.blocks import masked_mean
+from m2ae.models.pretrained import PretrainedModel
 from m2ae.outputs import ConnectorOutput
 from m2ae_kernels.nn import GroupedExperts, MoE, TopKRouter
 
 TASKS = ("pred", "cl")  # rows of task_embedding
 
 
-class MoEConnector(nn.Module):
+class MoEConnector(PretrainedModel):
     """Predicts the target's latent, and makes a query to find the target by.
 
     There is a direction for every ordered pair of modalities. What belongs to one direction or one
@@ -49,6 +47,9 @@ class MoEConnector(nn.Module):
     Raises:
         ValueError: a modality is called as an attribute of torch's module containers is.
     """
+
+    config_type = ConnectorConfig
+    config: ConnectorConfig
 
     def __init__(self, config: ConnectorConfig) -> None:
         super().__init__()
@@ -145,37 +146,6 @@ class MoEConnector(nn.Module):
         self._check_modality("project_target", "target", target)
         tokens, mask = self._checked("project_target", tokens, target, mask)
         return self.target_proj[target](masked_mean(tokens, mask))
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors.
-
-        Args:
-            folder: made if it does not exist. If writing fails, the files that are there stay.
-
-        Raises:
-            OSError: the folder cannot be written to, or the disk is full.
-        """
-        pretrained.save(self, folder)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
-        """The connector that `save_pretrained` wrote, on the CPU, in eval mode.
-
-        Args:
-            folder: holds config.json and model.safetensors.
-
-        Returns:
-            The connector.
-
-        Raises:
-            FileNotFoundError: one of the files is not there.
-            ValueError: the config has an unknown key or a value out of range; or the tensors are
-                damaged, missing, unknown or of other shapes, and their names are listed.
-            TypeError: a value of the config has another type than its field.
-        """
-        model = cls(ConnectorConfig.from_dict(pretrained.read_config(folder)))
-        pretrained.load_tensors(model, folder)
-        return model.eval()
 
     def _direction(self, source: str, target: str) -> str:
         for role, name in (("source", source), ("target", target)):

@@ -13,8 +13,6 @@ absent vector. L_cross decodes each modality from the latent of the other alone.
 """
 
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -28,21 +26,25 @@ from m2ae.losses.reconstruction import image_reconstruction_loss, text_reconstru
 from m2ae.masking import DenseMasks, MaskSpec
 from m2ae.modalities.image import ImageDecoder, ImageEncoder, to_unit_range
 from m2ae.modalities.text import TextDecoder, TextEncoder
-from m2ae.models import pretrained, sizes
+from m2ae.models import sizes
 from m2ae.models.bottleneck import Bottleneck
 from m2ae.models.fusion import EarlyFusion
 from m2ae.models.inputs import MODALITIES, CheckedInputs, check_masks
 from m2ae.models.predictor import PatchPredictor
+from m2ae.models.pretrained import PretrainedModel
 from m2ae.models.target import TargetEncoder
 from m2ae.outputs import Latents, M2AEOutput
 
 
-class M2AE(nn.Module):
+class M2AE(PretrainedModel):
     """Multimodal autoencoder with a joint-embedding predictive branch.
 
     Args:
         config: every size and choice; kept as `self.config`.
     """
+
+    config_type = M2AEConfig
+    config: M2AEConfig
 
     def __init__(self, config: M2AEConfig) -> None:
         super().__init__()
@@ -211,37 +213,6 @@ class M2AE(nn.Module):
             Name of the part to number of parameters; the numbers add up to all of the model's.
         """
         return sizes.parameter_counts(self)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors, the target encoder's tensors included.
-
-        Args:
-            folder: made if it does not exist. If writing fails, the files that are there stay.
-
-        Raises:
-            OSError: the folder cannot be written to, or the disk is full.
-        """
-        pretrained.save(self, folder)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
-        """The model that `save_pretrained` wrote, on the CPU, in eval mode.
-
-        Args:
-            folder: holds config.json and model.safetensors.
-
-        Returns:
-            The model.
-
-        Raises:
-            FileNotFoundError: one of the files is not there.
-            ValueError: the config has an unknown key or a value out of range; or the tensors are
-                damaged, missing, unknown or of other shapes, and their names are listed.
-            TypeError: a value of the config has another type than its field.
-        """
-        model = cls(M2AEConfig.from_dict(pretrained.read_config(folder)))
-        pretrained.load_tensors(model, folder)
-        return model.eval()
 
     def _text_embeds(self, batch: CheckedInputs) -> Tensor | None:
         if batch.input_ids is None:

@@ -2,48 +2,70 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Self
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from m2ae.atomic_files import write_files
-
-if TYPE_CHECKING:
-    from m2ae.models.connector import MoEConnector
-    from m2ae.models.m2ae import M2AE
+from m2ae.config import ModelConfig
 
 CONFIG = "config.json"
 TENSORS = "model.safetensors"
 
 
-def save(model: "M2AE | MoEConnector", folder: str | Path) -> None:
-    """Write a model's config and all its tensors, an M2AE's target encoder's included.
+class PretrainedModel(nn.Module):
+    """A model with a config, which can be written to a folder and read from it."""
 
-    Args:
-        model: the model, on any device.
-        folder: made if it does not exist. If writing fails, the files that are there stay.
+    config_type: ClassVar[type[ModelConfig]]
+    config: Any  # of config_type
 
-    Raises:
-        OSError: the folder cannot be written to, or the disk is full.
-    """
-    config = json.dumps(model.config.to_dict(), indent=2) + "\n"
-    tensors = {name: x.detach().contiguous() for name, x in model.state_dict().items()}
-    write_files(
-        folder,
-        {
-            CONFIG: lambda path: _write_text(path, config),
-            TENSORS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
-        },
-    )
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors with all tensors, an EMA target's included.
+
+        Args:
+            folder: made if it does not exist. If writing fails, the files that are there stay.
+
+        Raises:
+            OSError: the folder cannot be written to, or the disk is full.
+        """
+        config = json.dumps(self.config.to_dict(), indent=2) + "\n"
+        tensors = {name: x.detach().contiguous() for name, x in self.state_dict().items()}
+        write_files(
+            folder,
+            {
+                CONFIG: lambda path: _write_text(path, config),
+                TENSORS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+            },
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """The model that `save_pretrained` wrote, on the CPU, in eval mode.
+
+        Args:
+            folder: holds config.json and model.safetensors.
+
+        Returns:
+            The model.
+
+        Raises:
+            FileNotFoundError: one of the files is not there.
+            ValueError: the config has an unknown key or a value out of range; or the tensors are
+                damaged, missing, unknown or of other shapes, and their names are listed.
+            TypeError: a value of the config has another type than its field.
+        """
+        model = cls(cls.config_type.from_dict(read_config(folder)))
+        load_tensors(model, folder)
+        return model.eval()
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
     """The content of config.json.
 
     Args:
-        folder: what `save` wrote.
+        folder: what `save_pretrained` wrote.
 
     Returns:
         Keys and values, not yet checked.
@@ -64,7 +86,7 @@ def load_tensors(model: nn.Module, folder: str | Path) -> None:
 
     Args:
         model: as its config says.
-        folder: what `save` wrote.
+        folder: what `save_pretrained` wrote.
 
     Raises:
         FileNotFoundError: there is no such file.
