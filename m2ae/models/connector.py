@@ -20,7 +20,6 @@ projected key that its code has and its equations leave out; without its flaw of
 padding.
 """
 
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
